@@ -1,0 +1,2 @@
+//! What the kernel programs and the loader must agree on, byte for byte.
+#![no_std]

@@ -1,0 +1,33 @@
+//! A relay between the clients of a Kubernetes tenant cluster and its hosted API server.
+//!
+//! Modules in the order in which a connection meets them:
+//!
+//! 1. [`cli`], [`config`]: what was asked for, judged before anything is bound;
+//! 2. [`app`]: the only place where parts are wired together;
+//! 3. [`accept`]: listeners, limits, back-off;
+//! 4. [`session`]: one connection's life;
+//! 5. [`upstream`]: which address, and how it is reached;
+//! 6. [`relay`]: the engines;
+//! 7. [`socket`]: what the kernel is asked for on both sockets;
+//! 8. [`drain`]: ending in order.
+//!
+//! Beside that way: [`endpoints`] keeps `default/kubernetes` pointing at us, [`admin`] and
+//! [`metrics`] show what goes on, [`preflight`] tells what the kernel allows.
+
+pub mod accept;
+pub mod admin;
+pub mod app;
+pub mod cli;
+pub mod config;
+pub mod drain;
+pub mod endpoints;
+pub mod metrics;
+pub mod preflight;
+pub mod readiness;
+pub mod relay;
+pub mod session;
+pub mod socket;
+pub mod upstream;
+
+/// The version of this build, as in `Cargo.toml`.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");
