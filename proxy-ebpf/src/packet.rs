@@ -1,0 +1,283 @@
+//! tc: observes the handshakes of watched endpoints.
+//!
+//! Three kinds of segments are reported: SYN, SYN-ACK, and the one that completes the handshake.
+//! Everything else leaves after two array look-ups, so that traffic which is not ours pays little.
+
+use aya_ebpf::EbpfContext as _;
+use aya_ebpf::bindings::bpf_hdr_start_off::BPF_HDR_START_NET;
+use aya_ebpf::helpers::{bpf_ktime_get_ns, bpf_skb_load_bytes_relative};
+use aya_ebpf::programs::TcContext;
+use aya_log_ebpf::debug;
+use proxy_common::{
+    Counter, Endpoint, HOOK_INGRESS, Handshake, MAX_OPTIONS, Pending, STEP_ACK, STEP_SYN,
+    STEP_SYN_ACK, TcpOptions, Tuple, WATCH_LOCAL, flags, port_bit,
+};
+
+use crate::{HANDSHAKES, PENDING, WATCHED, WATCHED_PORTS};
+
+const ETH_P_IP: u16 = 0x0800;
+const ETH_P_IPV6: u16 = 0x86dd;
+const IPPROTO_TCP: u8 = 6;
+const IPV6_HEADER: u32 = 40;
+const TCP_HEADER: usize = 20;
+
+/// What the IP header says.
+struct Packet {
+    source: [u8; 16],
+    destination: [u8; 16],
+    /// Where the TCP header begins, from the start of the IP header.
+    tcp: u32,
+    family: u8,
+    traffic_class: u8,
+}
+
+/// What the fixed part of the TCP header says.
+struct Segment {
+    source: Endpoint,
+    destination: Endpoint,
+    sequence: u32,
+    acknowledgement: u32,
+    /// Bytes of options after the fixed header.
+    options: u32,
+    flags: u16,
+    window: u16,
+}
+
+/// Reports the segment if it belongs to a handshake that is watched.
+#[inline(always)]
+pub fn try_observe(ctx: &TcContext, hook: u8) -> Result<(), Counter> {
+    let Some(packet) = read_ip(ctx) else {
+        return Ok(());
+    };
+    let Some(segment) = read_tcp(ctx, &packet) else {
+        return Ok(());
+    };
+    match step(&segment, hook) {
+        Some(step) => report(ctx, hook, step, &packet, &segment),
+        None => Ok(()),
+    }
+}
+
+/// `None` for everything but a whole TCP segment. Extension headers of IPv6 are not followed: no
+/// TCP stack puts them before a handshake, and who does so is not fit for rewriting.
+#[inline(always)]
+fn read_ip(ctx: &TcContext) -> Option<Packet> {
+    // SAFETY: the context is the kernel's __sk_buff, alive for the whole run of the program.
+    let protocol = unsafe { (*ctx.skb.skb).protocol };
+    match u16::from_be(protocol as u16) {
+        ETH_P_IP => {
+            let header: [u8; 20] = load(ctx, 0)?;
+            let fragment = u16::from_be_bytes([header[6], header[7]]) & 0x3fff;
+            if header[9] != IPPROTO_TCP || fragment != 0 {
+                return None;
+            }
+            Some(Packet {
+                source: mapped([header[12], header[13], header[14], header[15]]),
+                destination: mapped([header[16], header[17], header[18], header[19]]),
+                tcp: u32::from(header[0] & 0x0f) * 4,
+                family: 4,
+                traffic_class: header[1],
+            })
+        }
+        ETH_P_IPV6 => {
+            let header: [u8; IPV6_HEADER as usize] = load(ctx, 0)?;
+            if header[6] != IPPROTO_TCP {
+                return None;
+            }
+            let mut packet = Packet {
+                source: [0; 16],
+                destination: [0; 16],
+                tcp: IPV6_HEADER,
+                family: 6,
+                traffic_class: header[0] << 4 | header[1] >> 4,
+            };
+            packet.source.copy_from_slice(&header[8..24]);
+            packet.destination.copy_from_slice(&header[24..40]);
+            Some(packet)
+        }
+        _ => None,
+    }
+}
+
+/// `None` for a segment that has nothing to do with a watched port.
+#[inline(always)]
+fn read_tcp(ctx: &TcContext, packet: &Packet) -> Option<Segment> {
+    let header: [u8; TCP_HEADER] = load(ctx, packet.tcp)?;
+    let source = u16::from_be_bytes([header[0], header[1]]);
+    let destination = u16::from_be_bytes([header[2], header[3]]);
+    if !is_port_watched(source) && !is_port_watched(destination) {
+        return None;
+    }
+    Some(Segment {
+        source: Endpoint { address: packet.source, port: source },
+        destination: Endpoint { address: packet.destination, port: destination },
+        sequence: u32::from_be_bytes([header[4], header[5], header[6], header[7]]),
+        acknowledgement: u32::from_be_bytes([header[8], header[9], header[10], header[11]]),
+        options: (u32::from(header[12] >> 4) * 4).checked_sub(TCP_HEADER as u32)?,
+        flags: u16::from_be_bytes([header[12], header[13]]) & 0x0fff,
+        window: u16::from_be_bytes([header[14], header[15]]),
+    })
+}
+
+/// Which step of a watched handshake the segment is, if any.
+#[inline(always)]
+fn step(segment: &Segment, hook: u8) -> Option<u8> {
+    match segment.flags & (flags::SYN | flags::ACK | flags::RST | flags::FIN) {
+        flags::SYN => watched(&segment.destination).map(|_| STEP_SYN),
+        SYN_ACK => watched(&segment.source).map(|_| {
+            expect_completion(segment);
+            STEP_SYN_ACK
+        }),
+        flags::ACK => completes(segment, hook).then_some(STEP_ACK),
+        _ => None,
+    }
+}
+
+const SYN_ACK: u16 = flags::SYN | flags::ACK;
+
+/// Remembers what the client's next segment must carry. Failing to is no loss but of one event.
+#[inline(always)]
+fn expect_completion(syn_ack: &Segment) {
+    let tuple = Tuple { client: syn_ack.destination, server: syn_ack.source };
+    let pending = Pending {
+        sequence: syn_ack.acknowledgement,
+        acknowledgement: syn_ack.sequence.wrapping_add(1),
+        reported: 0,
+    };
+    let _ = PENDING.insert(tuple, pending, 0);
+}
+
+/// Whether this is the segment that completes a handshake, and this hook has not said so yet.
+///
+/// The entry goes once its last hook has reported: the ingress of the side that listens, or the
+/// egress of the side that connects. Both hooks see it on loopback and between local namespaces.
+#[inline(always)]
+fn completes(segment: &Segment, hook: u8) -> bool {
+    if !is_port_watched(segment.destination.port) {
+        return false;
+    }
+    let tuple = Tuple { client: segment.source, server: segment.destination };
+    let Some(pending) = PENDING.get_ptr_mut(tuple) else {
+        return false;
+    };
+    // SAFETY: the kernel keeps the value readable and writable for the run of the program, even
+    // if it is evicted meanwhile; a race with another CPU costs at most one event too many.
+    let pending = unsafe { &mut *pending };
+    let exact =
+        pending.sequence == segment.sequence && pending.acknowledgement == segment.acknowledgement;
+    if !exact || pending.reported & (1 << hook) != 0 {
+        return false;
+    }
+    pending.reported |= 1 << hook;
+    let listens_here = watched(&segment.destination) == Some(WATCH_LOCAL);
+    if listens_here == (hook == HOOK_INGRESS) {
+        let _ = PENDING.remove(tuple);
+    }
+    true
+}
+
+/// Puts the event together in the ring buffer's own memory, which, unlike the stack, kernels
+/// before 5.12 let a program index with a variable.
+#[inline(always)]
+fn report(
+    ctx: &TcContext,
+    hook: u8,
+    step: u8,
+    packet: &Packet,
+    segment: &Segment,
+) -> Result<(), Counter> {
+    let mut entry = HANDSHAKES.reserve::<Handshake>(0).ok_or(Counter::Lost)?;
+    // SAFETY: the entry is ours until submitted or discarded, and has this type's size and
+    // alignment.
+    let event = unsafe { &mut *entry.as_mut_ptr() };
+    *event = Handshake {
+        // SAFETY: no preconditions.
+        time_ns: unsafe { bpf_ktime_get_ns() },
+        source: segment.source,
+        destination: segment.destination,
+        // SAFETY: as in read_ip.
+        ifindex: unsafe { (*ctx.skb.skb).ifindex },
+        sequence: segment.sequence,
+        acknowledgement: segment.acknowledgement,
+        options: TcpOptions::default(),
+        window: segment.window,
+        flags: segment.flags,
+        step,
+        hook,
+        family: packet.family,
+        traffic_class: packet.traffic_class,
+        raw_options_len: segment.options as u8,
+        raw_options: [0; MAX_OPTIONS],
+        padding: [0; 3],
+    };
+    let first = packet.tcp + TCP_HEADER as u32;
+    if !load_options(ctx, first, segment.options, &mut event.raw_options) {
+        entry.discard(0);
+        return Err(Counter::Unreadable);
+    }
+    event.options = TcpOptions::parse(&event.raw_options, segment.options as usize);
+    debug!(
+        ctx,
+        "step {} on hook {} of device {}: sequence {}, flags {:x}",
+        step,
+        hook,
+        event.ifindex,
+        segment.sequence,
+        segment.flags
+    );
+    entry.submit(0);
+    Ok(())
+}
+
+/// Reads `length` bytes of options, word by word: each call has a size that the verifier knows.
+#[inline(always)]
+fn load_options(ctx: &TcContext, first: u32, length: u32, into: &mut [u8; MAX_OPTIONS]) -> bool {
+    for (word, chunk) in into.chunks_exact_mut(4).enumerate() {
+        let at = word as u32 * 4;
+        if at >= length {
+            break;
+        }
+        let Some(bytes) = load::<4>(ctx, first + at) else {
+            return false;
+        };
+        chunk.copy_from_slice(&bytes);
+    }
+    true
+}
+
+/// `N` bytes from the start of the IP header on, whether or not the device has another header
+/// before it, and wherever in the buffer they are.
+#[inline(always)]
+fn load<const N: usize>(ctx: &TcContext, offset: u32) -> Option<[u8; N]> {
+    let mut bytes = [0u8; N];
+    // SAFETY: the pointer and the size describe `bytes`; the kernel checks the offset.
+    let status = unsafe {
+        bpf_skb_load_bytes_relative(
+            ctx.as_ptr(),
+            offset,
+            bytes.as_mut_ptr().cast(),
+            N as u32,
+            BPF_HDR_START_NET,
+        )
+    };
+    (status == 0).then_some(bytes)
+}
+
+/// The role of a watched endpoint, by its address or as one of all addresses of its port.
+#[inline(always)]
+fn watched(endpoint: &Endpoint) -> Option<u32> {
+    let any = Endpoint { address: [0; 16], port: endpoint.port };
+    // SAFETY: the value is copied at once; the loader replaces it as one aligned word.
+    unsafe { WATCHED.get(endpoint).or_else(|| WATCHED.get(any)).copied() }
+}
+
+#[inline(always)]
+fn is_port_watched(port: u16) -> bool {
+    let (word, bit) = port_bit(port);
+    WATCHED_PORTS.get(word).is_some_and(|word| word & bit != 0)
+}
+
+#[inline(always)]
+fn mapped([a, b, c, d]: [u8; 4]) -> [u8; 16] {
+    [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d]
+}
