@@ -9,7 +9,7 @@ use aya_ebpf::helpers::{bpf_ktime_get_ns, bpf_skb_load_bytes_relative};
 use aya_ebpf::programs::TcContext;
 use aya_log_ebpf::debug;
 use proxy_common::{
-    Counter, Endpoint, HOOK_INGRESS, Handshake, MAX_OPTIONS, Pending, STEP_ACK, STEP_SYN,
+    Counter, Endpoint, HOOK_INGRESS, Handshake, OptionsBuffer, Pending, STEP_ACK, STEP_SYN,
     STEP_SYN_ACK, TcpOptions, Tuple, WATCH_LOCAL, flags, port_bit,
 };
 
@@ -207,15 +207,15 @@ fn report(
         family: packet.family,
         traffic_class: packet.traffic_class,
         raw_options_len: segment.options as u8,
-        raw_options: [0; MAX_OPTIONS],
-        padding: [0; 3],
+        raw_options: [0; size_of::<OptionsBuffer>()],
+        padding: [0; 7],
     };
     let first = packet.tcp + TCP_HEADER as u32;
     if !load_options(ctx, first, segment.options, &mut event.raw_options) {
         entry.discard(0);
         return Err(Counter::Unreadable);
     }
-    event.options = TcpOptions::parse(&event.raw_options, segment.options as usize);
+    event.options.parse_in_place(&event.raw_options, segment.options);
     debug!(
         ctx,
         "step {} on hook {} of device {}: sequence {}, flags {:x}",
@@ -231,7 +231,7 @@ fn report(
 
 /// Reads `length` bytes of options, word by word: each call has a size that the verifier knows.
 #[inline(always)]
-fn load_options(ctx: &TcContext, first: u32, length: u32, into: &mut [u8; MAX_OPTIONS]) -> bool {
+fn load_options(ctx: &TcContext, first: u32, length: u32, into: &mut OptionsBuffer) -> bool {
     for (word, chunk) in into.chunks_exact_mut(4).enumerate() {
         let at = word as u32 * 4;
         if at >= length {
