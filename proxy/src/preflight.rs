@@ -18,7 +18,11 @@ use std::process::ExitCode;
 
 use crate::cli::{CheckFlags, Output};
 use facts::Host;
+use tracing_subscriber::EnvFilter;
 use trial::{Finding, Stage};
+
+/// What `--verbose` shows: the kernel programs name their own crate as the source.
+const KERNEL_MESSAGES: &str = "warn,steward_ebpf=debug";
 
 /// What is known about one gate.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
@@ -82,7 +86,7 @@ pub fn check(flags: &CheckFlags) -> ExitCode {
     if flags.verbose {
         // Messages of the kernel programs arrive through the log crate, which this also connects.
         tracing_subscriber::fmt()
-            .with_max_level(tracing::Level::DEBUG)
+            .with_env_filter(EnvFilter::new(KERNEL_MESSAGES))
             .with_writer(io::stderr)
             .with_ansi(false)
             .init();

@@ -74,7 +74,8 @@ const SYS_ADMIN: CapabilitySet = CapabilitySet::SYS_ADMIN;
 fn refused(host: &Host, stage: Stage) -> Closed {
     let needs: &[(CapabilitySet, &'static str)] = match stage {
         Stage::RingBuffer => &[(BPF, CAP_BPF)],
-        Stage::Load => &[(BPF, CAP_BPF), (NET_ADMIN, CAP_NET_ADMIN)],
+        // To load, unlike to attach, SYS_ADMIN does as well.
+        Stage::Load => &[(BPF, CAP_BPF), (NET_ADMIN.union(SYS_ADMIN), CAP_NET_ADMIN)],
         Stage::Namespace => &[(SYS_ADMIN, CAP_SYS_ADMIN)],
         Stage::Attach | Stage::Handshake => &[(NET_ADMIN, CAP_NET_ADMIN)],
     };
@@ -143,11 +144,12 @@ mod tests {
     }
 
     #[test]
-    fn sys_admin_stands_for_bpf_and_perfmon_but_not_for_net_admin() {
+    fn sys_admin_is_enough_to_load_but_not_to_attach() {
         let mut host = Host::privileged();
         host.capabilities = SYS_ADMIN;
         assert_eq!(gate(&host, Stage::RingBuffer, libc::EPERM), LSM);
-        assert_eq!(gate(&host, Stage::Load, libc::EPERM), CAP_NET_ADMIN);
+        assert_eq!(gate(&host, Stage::Load, libc::EPERM), LSM);
+        assert_eq!(gate(&host, Stage::Attach, libc::EPERM), CAP_NET_ADMIN);
     }
 
     #[test]

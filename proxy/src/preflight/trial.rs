@@ -59,7 +59,7 @@ impl Stage {
     pub(super) fn call(self) -> &'static str {
         match self {
             Self::Namespace => "unshare",
-            _ => "bpf",
+            Self::RingBuffer | Self::Load | Self::Attach | Self::Handshake => "bpf",
         }
     }
 
@@ -267,12 +267,12 @@ fn program<'e>(ebpf: &'e mut Ebpf, name: &'static str) -> Result<&'e mut SchedCl
 
 fn namespace() -> Finding {
     loopback::enter().map_err(|error| Failure::from(error).during("unshare"))?;
-    loopback::bring_up().map_err(|error| Failure::from(error).during("rtnetlink"))?;
-    Ok("made, with its loopback device up".to_owned())
+    Ok("made; it ends with this program".to_owned())
 }
 
 /// TCX where the kernel has it (6.6), else a filter on a clsact qdisc.
 fn attach(ebpf: &mut Ebpf) -> Finding {
+    loopback::bring_up().map_err(|error| Failure::from(error).during("rtnetlink"))?;
     let hooks = [
         (names::PACKET_INGRESS, TcAttachType::Ingress),
         (names::PACKET_EGRESS, TcAttachType::Egress),
