@@ -219,10 +219,12 @@ fn four_capabilities_are_enough() {
 #[test]
 fn a_missing_capability_is_named_with_the_way_to_add_it() {
     let _alone = alone();
-    // SYS_ADMIN stands for BPF, so that goes as well.
+    // SYS_ADMIN stands for these two, so that goes as well.
     let bpf = CapabilitySet::BPF | CapabilitySet::SYS_ADMIN;
+    let perfmon = CapabilitySet::PERFMON | CapabilitySet::SYS_ADMIN;
     for (dropped, gate, remedy, stage) in [
         (bpf, "CAP_BPF", "add capability BPF", "ring buffer"),
+        (perfmon, "CAP_PERFMON", "add capability PERFMON", "load program"),
         (CapabilitySet::NET_ADMIN, "CAP_NET_ADMIN", "add capability NET_ADMIN", "attach"),
         (CapabilitySet::SYS_ADMIN, "CAP_SYS_ADMIN", "add capability SYS_ADMIN", "own namespace"),
     ] {

@@ -108,9 +108,11 @@ impl Host {
         vec![
             self.kernel_row(),
             self.user_namespace_row(),
-            self.capability_row(CapabilitySet::BPF, CAP_BPF, true),
-            self.capability_row(CapabilitySet::NET_ADMIN, CAP_NET_ADMIN, true),
-            self.capability_row(CapabilitySet::PERFMON, CAP_PERFMON, false),
+            self.capability_row(CapabilitySet::BPF, CAP_BPF),
+            self.capability_row(CapabilitySet::NET_ADMIN, CAP_NET_ADMIN),
+            // Without it the verifier guards against speculation, and refuses branches that the
+            // compiler made of ordinary code.
+            self.capability_row(CapabilitySet::PERFMON, CAP_PERFMON),
             self.sys_admin_row(),
             self.seccomp_row(),
             self.lsm_row(),
@@ -142,15 +144,13 @@ impl Host {
         )
     }
 
-    fn capability_row(&self, which: CapabilitySet, name: &'static str, is_needed: bool) -> Row {
+    fn capability_row(&self, which: CapabilitySet, name: &'static str) -> Row {
         if self.capabilities.contains(which) {
             Row::new(name, Status::Ok, "effective")
         } else if self.may(which) {
             Row::new(name, Status::NotNeeded, "absent; CAP_SYS_ADMIN includes it")
-        } else if is_needed {
-            Row::failed(name, "absent", add_capability(name))
         } else {
-            Row::new(name, Status::NotNeeded, "absent; the packet engine does without")
+            Row::failed(name, "absent", add_capability(name))
         }
     }
 
@@ -367,7 +367,7 @@ mod tests {
     fn every_missing_capability_has_a_remedy() {
         let host = Host { capabilities: CapabilitySet::empty(), ..Host::privileged() };
         let rows = host.rows();
-        for name in [CAP_BPF, CAP_NET_ADMIN, CAP_SYS_ADMIN] {
+        for name in [CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON, CAP_SYS_ADMIN] {
             let row = rows.iter().find(|row| row.gate == name).unwrap();
             assert_eq!(row.status, Status::Failed, "{row:?}");
             let short = name.trim_start_matches("CAP_");
