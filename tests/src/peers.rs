@@ -5,7 +5,7 @@
 //! Methods block, up to [`BOUND`], and panic with what happened instead of what was expected.
 
 use std::io::{ErrorKind, Read, Write};
-use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpStream};
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
@@ -13,7 +13,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use socket2::{Domain, SockRef, Socket, Type};
 
 use crate::stream::{Dice, Stream};
-use crate::wait::BOUND;
+use crate::wait::{BOUND, until};
 
 const CHUNK: usize = 64 * 1024;
 
@@ -274,7 +274,17 @@ impl Peer {
     #[track_caller]
     #[must_use]
     pub fn receive_until_end(&self, seed: u64) -> (u64, Ending) {
-        let mut stream = Stream::new(seed);
+        self.receive_rest(Stream::new(seed))
+    }
+
+    /// As [`Self::receive_until_end`], for a stream of which some was received already; the
+    /// count begins at its first byte all the same.
+    ///
+    /// # Panics
+    /// Other bytes came, or no end.
+    #[track_caller]
+    #[must_use]
+    pub fn receive_rest(&self, mut stream: Stream) -> (u64, Ending) {
         let mut buffer = [0; CHUNK];
         loop {
             match (&self.stream).read(&mut buffer) {
@@ -284,6 +294,16 @@ impl Peer {
                 Err(error) => panic!("the {} waits for an end: {error}", self.name),
             }
         }
+    }
+
+    /// Waits until `count` bytes lie in this end's own buffer, unread.
+    ///
+    /// # Panics
+    /// Fewer came within [`BOUND`].
+    #[track_caller]
+    pub fn await_unread(&self, count: u64) {
+        let what = format!("{count} bytes lie unread at the {}", self.name);
+        until(&what, || rustix::io::ioctl_fionread(&self.stream).is_ok_and(|n| n >= count));
     }
 
     /// Receives FIN, and no byte before it.
@@ -483,14 +503,26 @@ impl ClosedPort {
 
     #[track_caller]
     fn bind(address: SocketAddr) -> Self {
+        match Self::try_bind(address) {
+            Ok(port) => port,
+            Err(error) => panic!("binding {address}: {error}"),
+        }
+    }
+
+    /// Takes just this address.
+    ///
+    /// # Errors
+    /// It is somebody else's.
+    ///
+    /// # Panics
+    /// This machine does not know the family.
+    pub fn try_bind(address: SocketAddr) -> std::io::Result<Self> {
         let socket = Socket::new(Domain::for_address(address), Type::STREAM.cloexec(), None)
             .expect("a TCP socket");
         socket.set_reuse_address(true).expect("SO_REUSEADDR");
-        if let Err(error) = socket.bind(&address.into()) {
-            panic!("binding {address}: {error}");
-        }
+        socket.bind(&address.into())?;
         let address = socket.local_addr().ok().and_then(|a| a.as_socket());
-        Self { socket, address: address.expect("a bound socket has an address") }
+        Ok(Self { socket, address: address.expect("a bound socket has an address") })
     }
 
     /// Where nobody listens.
@@ -571,17 +603,6 @@ pub fn direct_pair() -> (Peer, Peer) {
     let upstream = Upstream::new(IpAddr::V4(Ipv4Addr::LOCALHOST));
     let client = Peer::connect(upstream.address());
     (client, upstream.accept())
-}
-
-/// Ports of both families at once, for a check that nobody listens on `port`.
-///
-/// # Panics
-/// Somebody does.
-#[track_caller]
-pub fn assert_free(address: SocketAddr) {
-    if let Err(error) = TcpListener::bind(address) {
-        panic!("{address} is not free: {error}");
-    }
 }
 
 #[cfg(test)]
