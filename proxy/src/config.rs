@@ -194,7 +194,9 @@ impl Config {
             "upstream-addr",
             match set(&flags.upstream_addr) {
                 Some(text) => parse_upstreams(text),
-                None => Err("is required (or env UPSTREAM_ADDR): the API server to relay to".into()),
+                None => {
+                    Err("is required (or env UPSTREAM_ADDR): the API server to relay to".into())
+                }
             },
         );
         let engine = mistakes.take("engine", flags.engine.parse::<Wish>());
@@ -235,10 +237,7 @@ fn endpoint_config(flags: &Flags, mistakes: &mut Mistakes) -> Option<EndpointCon
         "kubeconfig",
         set(&flags.kubeconfig).map(|file| readable(Path::new(file))).transpose(),
     );
-    let pod_ip = mistakes.take(
-        "pod-ip",
-        set(&flags.pod_ip).map(|text| parse_ip(text)).transpose(),
-    );
+    let pod_ip = mistakes.take("pod-ip", set(&flags.pod_ip).map(|text| parse_ip(text)).transpose());
     Some(EndpointConfig {
         mode: mode?,
         service_name: service_name?,
@@ -292,7 +291,8 @@ fn parse_admin(text: &str) -> Result<Option<SocketAddr>, String> {
 }
 
 fn parse_upstreams(text: &str) -> Result<UpstreamAddrs, String> {
-    let hosts: Result<Vec<_>, _> = text.split(',').map(|part| parse_host_port(part.trim())).collect();
+    let hosts: Result<Vec<_>, _> =
+        text.split(',').map(|part| parse_host_port(part.trim())).collect();
     let mut seen = Vec::new();
     for host in hosts? {
         if !seen.contains(&host) {
@@ -488,8 +488,23 @@ mod tests {
         assert_eq!(shown("[2001:db8::1]:443"), Ok("[2001:db8::1]:443".into()));
         assert_eq!(shown("a, b:443 ,a"), Ok("a:6443,b:443".into()));
         for wrong in [
-            "", ",", "a,", ":443", "a:", "a:0", "a:65536", "a:https", "https://a", "a b", "[::1",
-            "[a]:1", "[::1]443", "300.1.1.1", "-a", "a..b", "a:1:2",
+            "",
+            ",",
+            "a,",
+            ":443",
+            "a:",
+            "a:0",
+            "a:65536",
+            "a:https",
+            "https://a",
+            "a b",
+            "[::1",
+            "[a]:1",
+            "[::1]443",
+            "300.1.1.1",
+            "-a",
+            "a..b",
+            "a:1:2",
         ] {
             assert!(parse_upstreams(wrong).is_err(), "{wrong:?} was accepted");
         }

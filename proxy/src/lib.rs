@@ -21,6 +21,7 @@ pub mod cli;
 pub mod config;
 pub mod drain;
 pub mod endpoints;
+pub mod logging;
 pub mod metrics;
 pub mod preflight;
 pub mod readiness;

@@ -14,8 +14,8 @@ const PREFIX: &str = "steward_tcp_proxy";
 
 /// Seconds; from a loopback's 50 us to a dial that uses up its time-out.
 const LATENCY_BUCKETS: &[f64] = &[
-    0.000_05, 0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25,
-    0.5, 1.0, 2.5, 5.0, 10.0,
+    0.000_05, 0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5,
+    1.0, 2.5, 5.0, 10.0,
 ];
 
 /// Handles to all metrics of the process.
@@ -144,7 +144,8 @@ impl Metrics {
                 "Failed accepts, by cause; the listener pauses and goes on.",
                 &["cause"],
             )?,
-            pipes: make.gauge("splice_pipes", "Pipes that the splice engine holds, idle or not.")?,
+            pipes: make
+                .gauge("splice_pipes", "Pipes that the splice engine holds, idle or not.")?,
             upstream_reachable: make.gauge(
                 "upstream_reachable",
                 "1 if the last contact with an upstream address succeeded, else 0.",

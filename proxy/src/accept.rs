@@ -1,0 +1,167 @@
+//! Listeners: dual-stack, limited, and never at rest for long.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::Semaphore;
+use tracing::{debug, warn};
+
+use crate::config::ListenAddr;
+use crate::drain::Watcher;
+use crate::session::{self, Shared};
+use crate::socket::{self, Downstream, Socket};
+
+/// Accepted in one go before other tasks of the thread get a turn.
+const BATCH: usize = 64;
+
+/// First and longest pause after the process or the system ran out of something.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(5), Duration::from_secs(1));
+
+/// Binds `address`: every address of both families in one socket where the host has IPv6.
+///
+/// # Errors
+/// Those of bind(2), with the address that was tried.
+pub fn bind(address: ListenAddr) -> io::Result<TcpListener> {
+    let at = |ip: IpAddr| {
+        let address = SocketAddr::new(ip, address.port);
+        socket::listen(address)
+            .map_err(|error| io::Error::new(error.kind(), format!("listen on {address}: {error}")))
+    };
+    match address.ip {
+        Some(ip) => at(ip),
+        None => match at(Ipv6Addr::UNSPECIFIED.into()) {
+            // A host without IPv6 says EAFNOSUPPORT or, with it switched off, EADDRNOTAVAIL.
+            Err(error)
+                if !matches!(
+                    error.kind(),
+                    io::ErrorKind::AddrInUse | io::ErrorKind::PermissionDenied
+                ) =>
+            {
+                debug!(%error, "no IPv6 listener, taking IPv4 alone");
+                at(Ipv4Addr::UNSPECIFIED.into())
+            }
+            result => result,
+        },
+    }
+}
+
+/// Accepts clients until draining begins, and then once more those that the kernel has already
+/// let in: closing the listener would reset them.
+pub async fn run(listener: TcpListener, shared: Arc<Shared>, max_connections: usize) {
+    let places = Arc::new(Semaphore::new(max_connections));
+    let drain = shared.limits.drain.clone();
+    let listener = match Socket::new(listener.into()) {
+        Ok(listener) => listener,
+        Err(error) => return warn!(%error, "the listener cannot be watched"),
+    };
+    let acceptor = Acceptor { listener, shared, places, drain };
+    tokio::select! {
+        () = acceptor.accept_for_ever() => {}
+        () = acceptor.drain.draining() => {}
+    }
+    // Non-blocking and bounded: the queue is finite, and a failure here ends the process anyway.
+    while acceptor.accept_one().is_ok() {}
+}
+
+struct Acceptor {
+    listener: Socket,
+    shared: Arc<Shared>,
+    places: Arc<Semaphore>,
+    drain: Watcher,
+}
+
+impl Acceptor {
+    async fn accept_for_ever(&self) {
+        let mut pause = PAUSES.0;
+        loop {
+            match self.accept_batch() {
+                Ok(true) => tokio::task::yield_now().await,
+                Ok(false) => {
+                    pause = PAUSES.0;
+                    // Cannot fail while the reactor lives, and it outlives us.
+                    let _ = self.listener.readable().await;
+                }
+                Err(error) => {
+                    let cause = cause(&error);
+                    self.shared.metrics.accept_errors.with_label_values(&[cause]).inc();
+                    warn!(%error, ?pause, "cannot accept; clients wait in the kernel's queue");
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(PAUSES.1);
+                }
+            }
+        }
+    }
+
+    /// Takes up to [`BATCH`] clients; true if more may be waiting.
+    fn accept_batch(&self) -> io::Result<bool> {
+        for _ in 0..BATCH {
+            match self.listener.try_read(|_| self.accept_one()) {
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(true)
+    }
+
+    /// Takes one client; EAGAIN if none waits.
+    fn accept_one(&self) -> io::Result<()> {
+        let (fd, address) = match accept(self.listener.as_fd()) {
+            Ok(accepted) => accepted,
+            // The client, or the network on its behalf, gave up between SYN and now (accept(2)
+            // asks to treat these like EAGAIN); the next one may be fine.
+            Err(error) if is_clients_fault(&error) => return Ok(()),
+            Err(error) => return Err(error),
+        };
+        self.shared.metrics.accepted.inc();
+        let Ok(permit) = Arc::clone(&self.places).try_acquire_owned() else {
+            // Dropping it sends RST: refused at once.
+            session::refused(&self.shared.metrics, address);
+            return Ok(());
+        };
+        let client = Downstream(Socket::new(fd)?);
+        let session = session::serve(Arc::clone(&self.shared), client, address, permit);
+        tokio::spawn(self.drain.track(session));
+        Ok(())
+    }
+}
+
+fn accept(listener: BorrowedFd<'_>) -> io::Result<(OwnedFd, SocketAddr)> {
+    let flags = rustix::net::SocketFlags::NONBLOCK | rustix::net::SocketFlags::CLOEXEC;
+    let (fd, address) = rustix::net::acceptfrom_with(listener, flags)?;
+    let address = address
+        .and_then(|address| SocketAddr::try_from(address).ok())
+        .unwrap_or_else(|| SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), 0));
+    // IPv4 clients of a dual-stack listener come as ::ffff:a.b.c.d; people think of a.b.c.d.
+    Ok((fd, SocketAddr::new(address.ip().to_canonical(), address.port())))
+}
+
+fn is_clients_fault(error: &io::Error) -> bool {
+    const CODES: [i32; 9] = [
+        libc::ECONNABORTED,
+        libc::EPROTO,
+        libc::ENETDOWN,
+        libc::ENOPROTOOPT,
+        libc::EHOSTDOWN,
+        libc::ENONET,
+        libc::EHOSTUNREACH,
+        libc::EOPNOTSUPP,
+        libc::ENETUNREACH,
+    ];
+    let code = error.raw_os_error();
+    code == Some(libc::EINTR) || CODES.iter().any(|known| code == Some(*known))
+}
+
+/// The label of what stopped us from accepting.
+fn cause(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::EMFILE) => "process_descriptors",
+        Some(libc::ENFILE) => "system_descriptors",
+        Some(libc::ENOMEM | libc::ENOBUFS) => "memory",
+        Some(libc::ENOSPC) => "epoll_watches",
+        _ => "other",
+    }
+}

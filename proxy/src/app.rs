@@ -1,0 +1,194 @@
+//! The only place where parts are wired together.
+//!
+//! Two runtimes: one moves bytes, the other answers scrapes and talks to Kubernetes, so that
+//! neither a slow scrape nor a large watch event can delay a client.
+
+use std::net::SocketAddr;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::Context;
+use tokio::runtime::{Builder, Runtime};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tracing::{error, info, warn};
+
+use crate::config::{Config, EndpointMode};
+use crate::drain::Drain;
+use crate::metrics::Metrics;
+use crate::readiness::Readiness;
+use crate::relay::{Counters, Limits, PipePool};
+use crate::session::Shared;
+use crate::upstream::Upstream;
+use crate::{accept, admin, endpoints, logging};
+
+/// Descriptors beside those of connections: listeners, pipes, epoll, log, API client.
+const OTHER_DESCRIPTORS: u64 = 512;
+
+/// Runs the proxy until a signal ends it. Exit status 0 after a clean drain, 1 if it could not
+/// start or if connections had to be cut.
+#[must_use]
+pub fn main(config: Config) -> ExitCode {
+    let metrics = match Metrics::new() {
+        Ok(metrics) => Arc::new(metrics),
+        Err(error) => {
+            eprintln!("steward-tcp-proxy: metrics: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    // Flushes what is still buffered when it is dropped, last of all.
+    let _flush = logging::init(config.log_format, config.verbosity);
+    match App::start(&config, metrics).and_then(|app| app.run_to_end(&config)) {
+        Ok(code) => code,
+        Err(error) => {
+            error!("cannot run: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// A started proxy.
+pub struct App {
+    /// Where clients are accepted.
+    pub listening: SocketAddr,
+    /// Where metrics and health are served.
+    pub admin: Option<SocketAddr>,
+    drain: Drain,
+    metrics: Arc<Metrics>,
+    signals: Signals,
+    data: Runtime,
+    side: Runtime,
+}
+
+impl App {
+    /// Binds everything, then starts everything.
+    ///
+    /// # Errors
+    /// An address cannot be bound, or the system lacks threads or descriptors.
+    pub fn start(config: &Config, metrics: Arc<Metrics>) -> anyhow::Result<Self> {
+        raise_descriptor_limit(config.max_connections);
+        let listener = accept::bind(config.listen)?;
+        let admin_listener = config.admin.map(admin::bind).transpose()?;
+        let listening = listener.local_addr()?;
+        let admin = admin_listener.as_ref().map(std::net::TcpListener::local_addr).transpose()?;
+
+        let data = Builder::new_multi_thread().thread_name("relay").enable_all().build()?;
+        let side = Builder::new_multi_thread()
+            .worker_threads(1)
+            .thread_name("side")
+            .enable_all()
+            .build()?;
+        let signals = data.block_on(async { Signals::new() }).context("signal handlers")?;
+
+        let drain = Drain::default();
+        let timeout = config.connect_timeout;
+        let upstream = Arc::new(Upstream::new(&config.upstream, timeout, Arc::clone(&metrics)));
+        let readiness = Readiness::new(drain.watcher(), Arc::clone(&upstream));
+        let shared = Shared {
+            wish: config.engine,
+            upstream,
+            limits: Limits {
+                pipes: Arc::new(PipePool::new(Arc::clone(&metrics))),
+                idle_timeout: config.idle_timeout,
+                drain: drain.watcher(),
+            },
+            counters: Counters { up: metrics.bytes_up.clone(), down: metrics.bytes_down.clone() },
+            metrics: Arc::clone(&metrics),
+        };
+        metrics.describe_process(config.engine, config.engine.decide())?;
+        data.spawn(drain.watcher().track(accept::run(
+            listener,
+            Arc::new(shared),
+            config.max_connections,
+        )));
+        readiness.listening();
+        if let Some(listener) = admin_listener {
+            side.spawn(admin::serve(listener, Arc::clone(&metrics), readiness.clone()));
+        }
+        if config.endpoints.mode != EndpointMode::Off {
+            let endpoints = config.endpoints.clone();
+            side.spawn(endpoints::run(endpoints, readiness, Arc::clone(&metrics), drain.watcher()));
+        }
+        let app = Self { listening, admin, drain, metrics, signals, data, side };
+        app.announce(config);
+        Ok(app)
+    }
+
+    fn announce(&self, config: &Config) {
+        info!(
+            addr = %self.listening,
+            upstream = %config.upstream,
+            engine_wished = config.engine.as_label(),
+            engine = config.engine.decide().as_label(),
+            endpoint_mode = config.endpoints.mode.as_label(),
+            version = crate::VERSION,
+            "listening"
+        );
+        if let Some(addr) = self.admin {
+            info!(%addr, "admin listening");
+        }
+    }
+
+    /// Waits for the signal to end, then drains.
+    fn run_to_end(mut self, config: &Config) -> anyhow::Result<ExitCode> {
+        let (drain, signals) = (&self.drain, &mut self.signals);
+        let clean = self.data.block_on(async {
+            let name = signals.next().await;
+            drain.begin();
+            self.metrics.draining.set(1);
+            info!(signal = name, deadline = ?config.drain_timeout, "draining");
+            tokio::select! {
+                biased;
+                () = drain.drained() => return true,
+                () = tokio::time::sleep(config.drain_timeout) => {
+                    warn!(connections = drain.live(), "drain deadline: resetting what is left");
+                }
+                name = signals.next() => {
+                    warn!(signal = name, connections = drain.live(), "second signal: resetting");
+                }
+            }
+            drain.cut();
+            drain.drained().await;
+            false
+        });
+        info!(clean, "ended");
+        self.side.shutdown_background();
+        Ok(if clean { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    }
+}
+
+/// SIGTERM and SIGINT, which mean the same.
+struct Signals {
+    term: Signal,
+    int: Signal,
+}
+
+impl Signals {
+    fn new() -> std::io::Result<Self> {
+        Ok(Self { term: signal(SignalKind::terminate())?, int: signal(SignalKind::interrupt())? })
+    }
+
+    /// The name of the next one.
+    async fn next(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.term.recv() => "SIGTERM",
+            _ = self.int.recv() => "SIGINT",
+        }
+    }
+}
+
+/// Takes all the descriptors we may have, and says so if they do not suffice.
+fn raise_descriptor_limit(max_connections: usize) {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
+    let have = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+    let need = (max_connections as u64).saturating_mul(2).saturating_add(OTHER_DESCRIPTORS);
+    if have < need {
+        warn!(
+            have,
+            need,
+            "the descriptor limit (ulimit -n) is too low for --max-connections; \
+             clients beyond it wait to be accepted"
+        );
+    }
+}

@@ -1,0 +1,35 @@
+//! Logs go to stderr, through a bounded buffer: whoever reads them slowly loses lines (counted at
+//! the end), and never delays a byte of a relay.
+
+use tracing_appender::non_blocking::{NonBlockingBuilder, WorkerGuard};
+use tracing_subscriber::EnvFilter;
+
+use crate::config::LogFormat;
+
+/// Lines in the buffer; at some 300 bytes each this bounds it to a few megabytes.
+const BUFFERED_LINES: usize = 8192;
+
+/// Starts logging for the whole process. `RUST_LOG` overrides the verbosity (klog's levels: up
+/// to 3 shows what operators need, 4 and 5 debug messages, 6 and up traces).
+///
+/// Drop the guard last: it writes out what is buffered.
+#[must_use]
+pub fn init(format: LogFormat, verbosity: u8) -> WorkerGuard {
+    let level = match verbosity {
+        0..=3 => "info",
+        4..=5 => "info,proxy=debug,access=debug,kube=debug",
+        _ => "debug,proxy=trace,kube=trace",
+    };
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
+    let (writer, guard) = NonBlockingBuilder::default()
+        .buffered_lines_limit(BUFFERED_LINES)
+        .lossy(true)
+        .thread_name("log")
+        .finish(std::io::stderr());
+    let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(writer);
+    match format {
+        LogFormat::Text => logs.with_ansi(false).init(),
+        LogFormat::Json => logs.json().flatten_event(true).with_current_span(false).init(),
+    }
+    guard
+}

@@ -1,0 +1,138 @@
+//! One connection's life: accepted, dialled, relayed, told of.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Instant;
+
+use tokio::sync::OwnedSemaphorePermit;
+use tracing::info;
+
+use crate::metrics::Metrics;
+use crate::relay::{self, Counters, End, Engine, Limits, Wish};
+use crate::socket::{self, Downstream};
+use crate::upstream::{DialError, Upstream};
+
+/// What all sessions share.
+#[derive(Debug)]
+pub struct Shared {
+    /// The engine asked for.
+    pub wish: Wish,
+    /// Where to connect to.
+    pub upstream: Arc<Upstream>,
+    /// Bounds of a relay.
+    pub limits: Limits,
+    /// Where bytes are counted.
+    pub counters: Counters,
+    /// All other counts.
+    pub metrics: Arc<Metrics>,
+}
+
+/// Serves one client to the end. The permit is its place under `--max-connections`.
+pub async fn serve(
+    shared: Arc<Shared>,
+    client: Downstream,
+    address: SocketAddr,
+    _permit: OwnedSemaphorePermit,
+) {
+    let mut record = Record::open(&shared.metrics, address);
+    // Boxed, so that its state takes no room while the connection lives on.
+    let (server, upstream) = match Box::pin(dial(&shared, &client)).await {
+        Ok(dialled) => dialled,
+        // Both sockets still linger with time zero: dropping them sends RST.
+        Err(why) => return record.close(why),
+    };
+    let engine = shared.wish.decide();
+    record.relaying(engine, upstream);
+    let end = relay::run(engine, &client, &server, &shared.limits, &shared.counters).await;
+    record.ended(end);
+}
+
+/// Connects to the upstream, unless the client is gone or the drain's deadline comes first.
+async fn dial(
+    shared: &Shared,
+    client: &Downstream,
+) -> Result<(socket::Upstream, SocketAddr), &'static str> {
+    tokio::select! {
+        dialled = shared.upstream.connect() => dialled.map_err(DialError::as_label),
+        _error = client.0.failed() => Err("client_gone"),
+        () = shared.limits.drain.cut() => Err(relay::Reason::Cut.as_label()),
+    }
+}
+
+/// Writes metrics and the access-log line of one connection together, on drop: none ends silently,
+/// not even one whose task is aborted.
+struct Record<'a> {
+    metrics: &'a Metrics,
+    client: SocketAddr,
+    accepted: Instant,
+    relay: Option<(Engine, SocketAddr)>,
+    bytes: (u64, u64),
+    reason: &'static str,
+}
+
+impl<'a> Record<'a> {
+    fn open(metrics: &'a Metrics, client: SocketAddr) -> Self {
+        metrics.dialling.inc();
+        let accepted = Instant::now();
+        Self { metrics, client, accepted, relay: None, bytes: (0, 0), reason: "aborted" }
+    }
+
+    fn relaying(&mut self, engine: Engine, upstream: SocketAddr) {
+        self.metrics.dialling.dec();
+        self.metrics.relaying.with_label_values(&[engine.as_label()]).inc();
+        self.metrics.handshake.observe(self.accepted.elapsed().as_secs_f64());
+        self.relay = Some((engine, upstream));
+    }
+
+    fn ended(mut self, end: End) {
+        self.bytes = (end.bytes_up, end.bytes_down);
+        self.reason = end.reason.as_label();
+    }
+
+    fn close(mut self, reason: &'static str) {
+        self.reason = reason;
+    }
+}
+
+impl Drop for Record<'_> {
+    fn drop(&mut self) {
+        let engine = self.relay.map_or("none", |(engine, _)| engine.as_label());
+        match self.relay {
+            Some(_) => self.metrics.relaying.with_label_values(&[engine]).dec(),
+            None => self.metrics.dialling.dec(),
+        }
+        let upstream = self.relay.map(|(_, address)| address);
+        log_end(
+            self.metrics,
+            self.client,
+            upstream,
+            engine,
+            self.bytes,
+            self.accepted,
+            self.reason,
+        );
+    }
+}
+
+/// A client that was refused before it had a session: the limit was reached.
+pub fn refused(metrics: &Metrics, client: SocketAddr) {
+    log_end(metrics, client, None, "none", (0, 0), Instant::now(), "over_limit");
+}
+
+fn log_end(
+    metrics: &Metrics,
+    client: SocketAddr,
+    upstream: Option<SocketAddr>,
+    engine: &'static str,
+    (bytes_up, bytes_down): (u64, u64),
+    accepted: Instant,
+    reason: &'static str,
+) {
+    metrics.ended.with_label_values(&[engine, reason]).inc();
+    let duration_ms = accepted.elapsed().as_secs_f64() * 1000.0;
+    let upstream = upstream.map_or_else(|| "-".to_owned(), |address| address.to_string());
+    info!(
+        target: "access",
+        %client, upstream, engine, bytes_up, bytes_down, duration_ms, reason, "connection"
+    );
+}

@@ -1,0 +1,348 @@
+//! One TCP socket of a relay: what the kernel is asked for, and how it is waited on.
+//!
+//! Kernel facts that this file stands on:
+//! - `close` with SO_LINGER {1, 0} sends RST and drops what is queued (tcp(7), socket(7)). Both
+//!   sockets of a pair carry it from their first moment until an orderly end, so that whatever
+//!   ends the process (SIGKILL included) cannot look like the end of a stream.
+//! - Accepted sockets inherit SO_LINGER, SO_OOBINLINE, SO_KEEPALIVE, TCP_NODELAY and the TCP
+//!   timers from their listener (`sk_clone_lock`), which saves the calls for each connection; a
+//!   test in this file holds the kernel to it.
+//! - With an urgent mark pending, reads stop short of it (`tcp_recvmsg_locked`), and `splice`
+//!   makes no progress over it at all (`tcp_read_sock`): see [`Socket::has_seen_urgent`].
+//! - TCP_USER_TIMEOUT also counts time spent on a closed window, although the peer answers every
+//!   probe (`tcp_probe_timer`, since 5.11): see [`SendQueue::ClosedWindow`].
+
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
+
+use rustix::net::{RecvFlags, SendFlags};
+use socket2::{Domain, Protocol, SockAddr, SockRef, TcpKeepalive, Type};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+/// Idle time before the first keepalive probe. Load balancers forget idle connections after
+/// 60 s (some clouds' classic ones) to 350 s; below 55 s we are heard by all of them.
+pub const KEEPALIVE_IDLE: Duration = Duration::from_secs(45);
+/// Time between keepalive probes.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
+/// Probes without an answer before the connection counts as dead.
+const KEEPALIVE_PROBES: u32 = 3;
+/// How long sent bytes may stay unacknowledged before the peer counts as dead.
+pub const USER_TIMEOUT: Duration = Duration::from_secs(60);
+/// Connections waiting to be accepted; the kernel caps it at net.core.somaxconn.
+const BACKLOG: i32 = 4096;
+
+/// A non-blocking TCP socket with tokio's readiness.
+#[derive(Debug)]
+pub struct Socket {
+    fd: AsyncFd<OwnedFd>,
+}
+
+/// The socket towards the client.
+#[derive(Debug)]
+pub struct Downstream(pub Socket);
+
+/// The socket towards the server.
+#[derive(Debug)]
+pub struct Upstream(pub Socket);
+
+impl Socket {
+    /// Takes over a non-blocking socket.
+    ///
+    /// # Errors
+    /// The reactor has no room for it (epoll's limit of watches).
+    pub fn new(fd: OwnedFd) -> io::Result<Self> {
+        // PRIORITY (EPOLLPRI) tells of urgent data; errors are always reported.
+        let interest = Interest::READABLE | Interest::WRITABLE | Interest::PRIORITY;
+        // SAFETY: an `OwnedFd` is open, always names the same descriptor, and the `AsyncFd` owns it
+        // until it is dropped; it is never taken out.
+        let fd = unsafe { AsyncFd::register_with_interest(fd, interest | Interest::ERROR) }?;
+        Ok(Self { fd })
+    }
+
+    /// Connects to `address`. Dropping the future gives up the attempt.
+    ///
+    /// # Errors
+    /// What the kernel says: ECONNREFUSED, EHOSTUNREACH, ETIMEDOUT, no descriptors, no ports.
+    pub async fn connect(address: SocketAddr) -> io::Result<Self> {
+        let kind = Type::STREAM.nonblocking();
+        let socket = socket2::Socket::new(Domain::for_address(address), kind, Some(Protocol::TCP))?;
+        prepare(&SockRef::from(&socket))?;
+        match socket.connect(&SockAddr::from(address)) {
+            Ok(()) => return Self::new(socket.into()),
+            Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => {}
+            Err(error) => return Err(error),
+        }
+        let socket = Self::new(socket.into())?;
+        let _ready = socket.fd.ready(Interest::WRITABLE).await?;
+        match socket.take_error() {
+            Some(error) => Err(error),
+            None => Ok(socket),
+        }
+    }
+
+    /// Ends when bytes, the end of the stream or an error can be read.
+    ///
+    /// # Errors
+    /// The reactor is shutting down.
+    pub async fn readable(&self) -> io::Result<()> {
+        self.fd.ready(Interest::READABLE).await.map(drop)
+    }
+
+    /// Ends when the send buffer has room.
+    ///
+    /// # Errors
+    /// The reactor is shutting down.
+    pub async fn writable(&self) -> io::Result<()> {
+        self.fd.ready(Interest::WRITABLE).await.map(drop)
+    }
+
+    /// Ends when the connection has failed: RST, a time-out, a lost route.
+    pub async fn failed(&self) -> io::Error {
+        match self.fd.ready(Interest::ERROR).await {
+            // A read or write may have collected the error before us; RST is what remains.
+            Ok(_) => self.take_error().unwrap_or_else(|| io::ErrorKind::ConnectionReset.into()),
+            Err(error) => error,
+        }
+    }
+
+    /// Runs `read`, unless nothing can have arrived since it last said
+    /// [`io::ErrorKind::WouldBlock`].
+    ///
+    /// # Errors
+    /// Those of `read`.
+    pub fn try_read<R>(&self, read: impl FnOnce(&OwnedFd) -> io::Result<R>) -> io::Result<R> {
+        self.fd.try_io(Interest::READABLE, read)
+    }
+
+    /// Runs `write`, unless nothing can have left since it last said
+    /// [`io::ErrorKind::WouldBlock`].
+    ///
+    /// # Errors
+    /// Those of `write`.
+    pub fn try_write<R>(&self, write: impl FnOnce(&OwnedFd) -> io::Result<R>) -> io::Result<R> {
+        self.fd.try_io(Interest::WRITABLE, write)
+    }
+
+    /// Whether urgent data has ever arrived (or the stream has ended). From then on a short read
+    /// does not prove that the queue is empty: reads stop at the urgent mark.
+    #[must_use]
+    pub fn has_seen_urgent(&self) -> bool {
+        self.fd.try_io(Interest::PRIORITY, |_| Ok(())).is_ok()
+    }
+
+    /// Sends FIN after all bytes written so far.
+    ///
+    /// # Errors
+    /// ENOTCONN: the peer has reset the connection.
+    pub fn shutdown_write(&self) -> io::Result<()> {
+        rustix::net::shutdown(&self.fd, rustix::net::Shutdown::Write).map_err(io::Error::from)
+    }
+
+    /// From here on, closing sends what is queued and then FIN, instead of RST.
+    pub fn let_close_orderly(&self) {
+        // Fails only on what is no socket; then there is nothing to linger either.
+        let _ = SockRef::from(&self.fd).set_linger(None);
+    }
+
+    /// Lifts TCP_USER_TIMEOUT, or sets it to its usual [`USER_TIMEOUT`].
+    pub fn lift_user_timeout(&self, lift: bool) {
+        let timeout = if lift { None } else { Some(USER_TIMEOUT) };
+        // A failure leaves the previous value, which is a valid choice as well.
+        let _ = SockRef::from(&self.fd).set_tcp_user_timeout(timeout);
+    }
+
+    /// What the send queue is doing.
+    #[must_use]
+    pub fn send_queue(&self) -> SendQueue {
+        let Some(info) = tcp_info(self.fd.as_fd()) else { return SendQueue::Empty };
+        match (info.unacked, info.not_sent) {
+            (0, 0) => SendQueue::Empty,
+            (0, _) => SendQueue::ClosedWindow,
+            _ => SendQueue::InFlight,
+        }
+    }
+
+    fn take_error(&self) -> Option<io::Error> {
+        SockRef::from(&self.fd).take_error().unwrap_or_else(Some)
+    }
+}
+
+impl AsFd for Socket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+/// What the send queue of a socket is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SendQueue {
+    /// Everything was acknowledged.
+    Empty,
+    /// Bytes wait, none are on their way: the peer's window is closed, it reads no more.
+    ClosedWindow,
+    /// Bytes are on their way.
+    InFlight,
+}
+
+/// Copies what is queued into `buffer` and leaves it queued.
+///
+/// # Errors
+/// Those of recv(2).
+pub fn peek(fd: impl AsFd, buffer: &mut [u8]) -> io::Result<usize> {
+    Ok(rustix::net::recv(fd, buffer, RecvFlags::PEEK | RecvFlags::DONTWAIT)?.0)
+}
+
+/// Takes exactly `count` queued bytes away without copying them (MSG_TRUNC, tcp(7)); `scratch`
+/// is left as it is and only lends its length.
+///
+/// # Errors
+/// Those of recv(2); EAGAIN cannot happen for bytes that [`peek`] has shown.
+pub fn discard(fd: impl AsFd, scratch: &mut [u8], mut count: usize) -> io::Result<()> {
+    while count > 0 {
+        let want = count.min(scratch.len());
+        let flags = RecvFlags::TRUNC | RecvFlags::DONTWAIT;
+        match rustix::net::recv(fd.as_fd(), &mut scratch[..want], flags)? {
+            (_, 0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            (_, taken) => count -= taken.min(count),
+        }
+    }
+    Ok(())
+}
+
+/// Hands `bytes` to the kernel, as many as it takes.
+///
+/// # Errors
+/// Those of send(2); SIGPIPE is never raised.
+pub fn send(fd: impl AsFd, bytes: &[u8]) -> io::Result<usize> {
+    Ok(rustix::net::send(fd, bytes, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)?)
+}
+
+/// A bound, listening socket whose accepted sockets are ready for a relay.
+///
+/// # Errors
+/// Those of socket(2), bind(2) and listen(2).
+pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let domain = Domain::for_address(address);
+    let socket = socket2::Socket::new(domain, Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
+    socket.set_reuse_address(true)?;
+    if address.is_ipv6() {
+        // The unspecified address takes IPv4 clients as well, whatever the sysctl says.
+        socket.set_only_v6(!address.ip().is_unspecified())?;
+    }
+    prepare(&SockRef::from(&socket))?;
+    socket.bind(&SockAddr::from(address))?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
+}
+
+/// What both sockets of a pair need from their first moment on.
+fn prepare(socket: &SockRef<'_>) -> io::Result<()> {
+    socket.set_linger(Some(Duration::ZERO))?;
+    // Urgent bytes stay in their place in the stream instead of being skipped.
+    socket.set_out_of_band_inline(true)?;
+    socket.set_tcp_nodelay(true)?;
+    let keepalive = TcpKeepalive::new()
+        .with_time(KEEPALIVE_IDLE)
+        .with_interval(KEEPALIVE_INTERVAL)
+        .with_retries(KEEPALIVE_PROBES);
+    socket.set_tcp_keepalive(&keepalive)?;
+    socket.set_tcp_user_timeout(Some(USER_TIMEOUT))
+}
+
+struct TcpInfo {
+    /// Segments on their way.
+    unacked: u32,
+    /// Bytes written but never sent.
+    not_sent: u32,
+}
+
+/// The two fields we need of `struct tcp_info` (linux/tcp.h), by their offsets: the struct only
+/// ever grows at its end, and libc's definition stops before `tcpi_notsent_bytes` (4.6).
+fn tcp_info(fd: BorrowedFd<'_>) -> Option<TcpInfo> {
+    const UNACKED: usize = 24;
+    const NOT_SENT: usize = 144;
+    let mut raw = [0_u8; NOT_SENT + 4];
+    let mut length = libc::socklen_t::try_from(raw.len()).ok()?;
+    // SAFETY: `fd` is borrowed for the call; `raw` is ours, `length` says how long it is, and the
+    // kernel writes at most that much.
+    let result = unsafe {
+        libc::getsockopt(
+            fd.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            raw.as_mut_ptr().cast(),
+            &raw mut length,
+        )
+    };
+    if result != 0 || (length as usize) < raw.len() {
+        return None;
+    }
+    let field = |at: usize| {
+        let bytes: [u8; 4] = raw[at..at + 4].try_into().unwrap_or_default();
+        u32::from_ne_bytes(bytes)
+    };
+    Some(TcpInfo { unacked: field(UNACKED), not_sent: field(NOT_SENT) })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::net::{Ipv4Addr, TcpStream};
+
+    use super::*;
+
+    fn pair() -> (TcpStream, TcpStream) {
+        let listener = listen((Ipv4Addr::LOCALHOST, 0).into()).expect("listens");
+        listener.set_nonblocking(false).expect("is a socket");
+        let client = TcpStream::connect(listener.local_addr().expect("bound")).expect("connects");
+        (client, listener.accept().expect("accepts").0)
+    }
+
+    #[test]
+    fn accepted_sockets_inherit_what_the_listener_was_given() {
+        let (_client, accepted) = pair();
+        let accepted = SockRef::from(&accepted);
+        assert_eq!(accepted.linger().expect("asks"), Some(Duration::ZERO));
+        assert!(accepted.out_of_band_inline().expect("asks"));
+        assert!(accepted.tcp_nodelay().expect("asks"));
+        assert!(accepted.keepalive().expect("asks"));
+        assert_eq!(accepted.tcp_keepalive_time().expect("asks"), KEEPALIVE_IDLE);
+        assert_eq!(accepted.tcp_user_timeout().expect("asks"), Some(USER_TIMEOUT));
+    }
+
+    #[test]
+    fn discard_takes_exactly_what_was_peeked() {
+        let (mut client, mut accepted) = pair();
+        client.write_all(b"hello world").expect("writes");
+        let mut scratch = [0; 32];
+        while peek(&accepted, &mut scratch).unwrap_or(0) < 11 {}
+        discard(&accepted, &mut [0; 4], 6).expect("discards");
+        drop(client);
+        let mut rest = String::new();
+        accepted.set_nonblocking(false).expect("is a socket");
+        accepted.read_to_string(&mut rest).expect("reads");
+        assert_eq!(rest, "world");
+    }
+
+    #[test]
+    fn a_peer_that_reads_no_more_is_told_from_one_that_is_slow() {
+        let (client, accepted) = pair();
+        let queue = |socket: &TcpStream| {
+            let info = tcp_info(socket.as_fd()).expect("a TCP socket");
+            (info.unacked, info.not_sent)
+        };
+        assert_eq!(queue(&accepted), (0, 0));
+        let full = [0; 65536];
+        accepted.set_nonblocking(true).expect("is a socket");
+        while send(&accepted, &full).is_ok() {}
+        // What was on its way when the window closed is acknowledged within a moment.
+        while queue(&accepted).0 > 0 {
+            std::thread::yield_now();
+        }
+        assert!(queue(&accepted).1 > 0);
+        drop(client);
+    }
+}

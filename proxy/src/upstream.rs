@@ -1,0 +1,389 @@
+//! The API server's addresses: which one is tried when, and whether any answers.
+//!
+//! Entries of `--upstream-addr` are preferred in their order; a name stands for all its addresses
+//! in the order of the answer. An address that failed is tried last for [`PENALTY`], then in its
+//! old place again, so that traffic fails over at once and fails back by itself. Nothing is ever
+//! dropped from the set: with every address penalised, all are tried.
+
+mod names;
+
+use std::collections::HashMap;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use futures::stream::{FuturesUnordered, StreamExt};
+use tokio::time::{Instant, sleep_until, timeout_at};
+use tracing::{debug, info, warn};
+
+use crate::config::{Host, HostPort, UpstreamAddrs};
+use crate::metrics::Metrics;
+use crate::socket;
+
+use names::Name;
+
+/// How long an address that failed is tried last.
+const PENALTY: Duration = Duration::from_secs(30);
+
+/// How long one address may keep silent before the next is tried beside it (RFC 8305, section 5,
+/// recommends 250 ms). A shorter --connect-timeout shortens it, so that every address gets a turn.
+const STAGGER: Duration = Duration::from_millis(250);
+
+/// How long one contact speaks for the upstream's health.
+const CONTACT_HOLDS: Duration = Duration::from_secs(5);
+
+/// The upstream as a whole.
+#[derive(Debug)]
+pub struct Upstream {
+    entries: Vec<Entry>,
+    connect_timeout: Duration,
+    health: Mutex<Health>,
+    probing: tokio::sync::Mutex<()>,
+    metrics: Arc<Metrics>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    host: Source,
+    port: u16,
+}
+
+#[derive(Debug)]
+enum Source {
+    Ip(IpAddr),
+    Name(Name),
+}
+
+#[derive(Debug, Default)]
+struct Health {
+    /// Addresses that failed, and until when they are tried last.
+    penalties: HashMap<SocketAddr, Instant>,
+    /// When the upstream was last contacted, and whether it answered.
+    contact: Option<(Instant, bool)>,
+}
+
+/// Why no address was reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, thiserror::Error)]
+pub enum DialError {
+    /// No name of the upstream resolves to an address.
+    #[error("no address is known")]
+    Unresolved,
+    /// No route, or the network says that the host is not there.
+    #[error("unreachable")]
+    Unreachable,
+    /// Nobody answered within --connect-timeout.
+    #[error("timed out")]
+    TimedOut,
+    /// The host answered that nobody listens.
+    #[error("refused")]
+    Refused,
+    /// This host is out of descriptors, ports or memory.
+    #[error("out of local resources")]
+    Local,
+}
+
+impl DialError {
+    /// The label in logs and metrics.
+    #[must_use]
+    pub fn as_label(self) -> &'static str {
+        match self {
+            Self::Unresolved => "upstream_unresolved",
+            Self::Unreachable => "upstream_unreachable",
+            Self::TimedOut => "upstream_timeout",
+            Self::Refused => "upstream_refused",
+            Self::Local => "local_resources",
+        }
+    }
+}
+
+impl From<&io::Error> for DialError {
+    fn from(error: &io::Error) -> Self {
+        match error.raw_os_error() {
+            Some(libc::ECONNREFUSED | libc::ECONNRESET) => Self::Refused,
+            Some(libc::ETIMEDOUT) => Self::TimedOut,
+            Some(
+                libc::EMFILE
+                | libc::ENFILE
+                | libc::ENOMEM
+                | libc::ENOBUFS
+                | libc::EADDRNOTAVAIL
+                | libc::EAGAIN
+                | libc::ENOSPC,
+            ) => Self::Local,
+            _ => Self::Unreachable,
+        }
+    }
+}
+
+impl Upstream {
+    /// Nothing is resolved or contacted before the first client, or the first question for
+    /// readiness.
+    #[must_use]
+    pub fn new(
+        addresses: &UpstreamAddrs,
+        connect_timeout: Duration,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        let entry = |HostPort { host, port }: &HostPort| Entry {
+            port: *port,
+            host: match host {
+                Host::Ip(ip) => Source::Ip(*ip),
+                Host::Name(name) => Source::Name(Name::new(name.clone(), Arc::clone(&metrics))),
+            },
+        };
+        Self {
+            entries: addresses.0.iter().map(entry).collect(),
+            connect_timeout,
+            health: Mutex::default(),
+            probing: tokio::sync::Mutex::default(),
+            metrics,
+        }
+    }
+
+    /// Connects to the first address that answers.
+    ///
+    /// # Errors
+    /// None answered within --connect-timeout; the most telling of their errors.
+    pub async fn connect(&self) -> Result<(socket::Upstream, SocketAddr), DialError> {
+        let asked = Instant::now();
+        let deadline = asked + self.connect_timeout;
+        let result = match timeout_at(deadline, self.candidates(asked, false)).await {
+            Ok(known) => self.connect_to(known, asked, deadline).await,
+            Err(_) => Err(DialError::Unresolved),
+        };
+        let answered = !matches!(
+            result,
+            Err(DialError::Unresolved
+                | DialError::Unreachable
+                | DialError::TimedOut
+                | DialError::Refused)
+        );
+        self.note_contact(answered);
+        result
+    }
+
+    /// Whether the upstream answers: known from the last contact if that is fresh, else found out
+    /// by a connection that carries no byte.
+    pub async fn answers(&self) -> bool {
+        if let Some(answer) = self.recent_contact() {
+            return answer;
+        }
+        // One probe at a time, however many ask.
+        let _probing = self.probing.lock().await;
+        match self.recent_contact() {
+            Some(answer) => answer,
+            // The probe's socket lingers with time zero and goes as RST: no TIME_WAIT, and the
+            // server spends nothing on it beyond its accept.
+            None => self.connect().await.is_ok(),
+        }
+    }
+
+    /// Tries `known`, and if all fail, what the names resolve to by then.
+    async fn connect_to(
+        &self,
+        known: Vec<SocketAddr>,
+        asked: Instant,
+        deadline: Instant,
+    ) -> Result<(socket::Upstream, SocketAddr), DialError> {
+        let error = match self.race(&known, deadline).await {
+            Ok(winner) => return Ok(winner),
+            Err(error) => error,
+        };
+        if error == DialError::Local || !self.has_names() {
+            return Err(error);
+        }
+        let Ok(mut fresh) = timeout_at(deadline, self.candidates(asked, true)).await else {
+            return Err(error);
+        };
+        fresh.retain(|address| !known.contains(address));
+        if fresh.is_empty() { Err(error) } else { self.race(&fresh, deadline).await }
+    }
+
+    /// Starts with the first address and adds the next whenever one fails or keeps silent for
+    /// [`STAGGER`]; the first to answer wins.
+    async fn race(
+        &self,
+        addresses: &[SocketAddr],
+        deadline: Instant,
+    ) -> Result<(socket::Upstream, SocketAddr), DialError> {
+        let share = (deadline - Instant::now()) / u32::try_from(addresses.len() + 1).unwrap_or(1);
+        let stagger = STAGGER.min(share);
+        let mut waiting = addresses.iter().copied();
+        let mut racing = FuturesUnordered::new();
+        let mut running = Vec::new();
+        let mut next_start = Instant::now();
+        let mut worst = DialError::Unresolved;
+        loop {
+            if racing.is_empty() || Instant::now() >= next_start {
+                if let Some(address) = waiting.next() {
+                    running.push((address, Instant::now()));
+                    racing.push(self.attempt(address));
+                    next_start = Instant::now() + stagger;
+                } else if racing.is_empty() {
+                    return Err(worst);
+                }
+            }
+            let more = waiting.len() > 0;
+            tokio::select! {
+                biased;
+                Some((address, result)) = racing.next() => {
+                    let started = running.iter().position(|(a, _)| *a == address);
+                    let since = started.map(|at| running.swap_remove(at).1);
+                    self.note_attempt(address, since, result.as_ref().err());
+                    match result {
+                        Ok(socket) => {
+                            // Whoever kept silent longer than the winner took is slow or dead.
+                            running.into_iter().for_each(|(a, since)| self.note_silence(a, since));
+                            return Ok((socket::Upstream(socket), address));
+                        }
+                        Err(error) => {
+                            worst = worst.max(DialError::from(&error));
+                            next_start = Instant::now();
+                        }
+                    }
+                }
+                () = sleep_until(next_start), if more => {}
+                () = sleep_until(deadline) => {
+                    running.into_iter().for_each(|(a, since)| self.note_silence(a, since));
+                    return Err(worst.max(DialError::TimedOut));
+                }
+            }
+        }
+    }
+
+    async fn attempt(&self, address: SocketAddr) -> (SocketAddr, io::Result<socket::Socket>) {
+        (address, socket::Socket::connect(address).await)
+    }
+
+    /// All known addresses, penalised ones last. `again` resolves names anew, unless that was
+    /// done since `asked`.
+    async fn candidates(&self, asked: Instant, again: bool) -> Vec<SocketAddr> {
+        let mut all = Vec::with_capacity(self.entries.len());
+        for entry in &self.entries {
+            match &entry.host {
+                Source::Ip(ip) => all.push(SocketAddr::new(*ip, entry.port)),
+                Source::Name(name) => {
+                    let ips =
+                        if again { name.refresh(asked).await } else { name.addresses().await };
+                    all.extend(ips.iter().map(|ip| SocketAddr::new(*ip, entry.port)));
+                }
+            }
+        }
+        let now = Instant::now();
+        let mut health = self.health();
+        health.penalties.retain(|_, until| *until > now);
+        // Stable: within both groups the order of preference stays.
+        all.sort_by_key(|address| health.penalties.get(address).copied());
+        all
+    }
+
+    fn has_names(&self) -> bool {
+        self.entries.iter().any(|entry| matches!(entry.host, Source::Name(_)))
+    }
+
+    fn note_attempt(&self, address: SocketAddr, since: Option<Instant>, error: Option<&io::Error>) {
+        let outcome = error.map(DialError::from);
+        let label = outcome.map_or("connected", DialError::as_label);
+        if let Some(since) = since {
+            let took = since.elapsed().as_secs_f64();
+            self.metrics.dial.with_label_values(&[label]).observe(took);
+        }
+        match (outcome, error) {
+            (Some(DialError::Local), Some(error)) => warn!(%address, %error, "cannot dial"),
+            (Some(_), Some(error)) => {
+                debug!(%address, %error, "upstream address failed");
+                self.penalise(address);
+            }
+            _ => {
+                if self.health().penalties.remove(&address).is_some() {
+                    info!(%address, "upstream address answers again");
+                }
+            }
+        }
+    }
+
+    fn note_silence(&self, address: SocketAddr, since: Instant) {
+        let label = DialError::TimedOut.as_label();
+        self.metrics.dial.with_label_values(&[label]).observe(since.elapsed().as_secs_f64());
+        self.penalise(address);
+    }
+
+    fn penalise(&self, address: SocketAddr) {
+        let until = Instant::now() + PENALTY;
+        if self.health().penalties.insert(address, until).is_none() {
+            warn!(%address, "upstream address failed; it is tried last for a while");
+        }
+    }
+
+    fn note_contact(&self, answered: bool) {
+        self.metrics.upstream_reachable.set(i64::from(answered));
+        self.health().contact = Some((Instant::now(), answered));
+    }
+
+    fn recent_contact(&self) -> Option<bool> {
+        let (when, answered) = self.health().contact?;
+        // Bad news is asked again soon, so that recovery shows at once.
+        let holds = if answered { CONTACT_HOLDS } else { CONTACT_HOLDS / 10 };
+        (when.elapsed() < holds).then_some(answered)
+    }
+
+    fn health(&self) -> std::sync::MutexGuard<'_, Health> {
+        self.health.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{Ipv4Addr, TcpListener};
+
+    use super::*;
+
+    fn upstream(addresses: &[SocketAddr]) -> Upstream {
+        let hosts = addresses.iter().map(|a| HostPort { host: Host::Ip(a.ip()), port: a.port() });
+        let metrics = Arc::new(Metrics::new().expect("registers"));
+        Upstream::new(&UpstreamAddrs(hosts.collect()), Duration::from_secs(5), metrics)
+    }
+
+    fn listener() -> (TcpListener, SocketAddr) {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("binds");
+        let address = listener.local_addr().expect("bound");
+        (listener, address)
+    }
+
+    /// An address where nobody listens.
+    fn closed() -> SocketAddr {
+        listener().1
+    }
+
+    #[tokio::test]
+    async fn a_failed_address_is_tried_last_and_forgiven_when_it_answers() {
+        let (_open, open) = listener();
+        let dead = closed();
+        let upstream = upstream(&[dead, open]);
+        let (_, used) = upstream.connect().await.expect("the second answers");
+        assert_eq!(used, open);
+        let order = upstream.candidates(Instant::now(), false).await;
+        assert_eq!(order, [open, dead]);
+        let _revived = TcpListener::bind(dead).expect("binds");
+        upstream.note_attempt(dead, None, None);
+        let order = upstream.candidates(Instant::now(), false).await;
+        assert_eq!(order, [dead, open]);
+    }
+
+    #[tokio::test]
+    async fn with_every_address_penalised_all_are_tried() {
+        let (_open, open) = listener();
+        let upstream = upstream(&[open]);
+        upstream.penalise(open);
+        upstream.connect().await.expect("it answers");
+        assert!(upstream.answers().await);
+    }
+
+    #[tokio::test]
+    async fn the_most_telling_error_is_reported() {
+        let upstream = upstream(&[closed(), closed()]);
+        assert_eq!(upstream.connect().await.err(), Some(DialError::Refused));
+        assert!(!upstream.answers().await);
+    }
+}
