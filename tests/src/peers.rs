@@ -17,6 +17,9 @@ use crate::wait::{BOUND, until};
 
 const CHUNK: usize = 64 * 1024;
 
+/// Bytes; the kernel doubles it.
+const SMALL_BUFFER: usize = 96 * 1024;
+
 /// Largest number of bytes that may pile up between a writer and a reader that does not read:
 /// one receive and one send buffer of the proxy at their largest, as this kernel allows them,
 /// and 1 MiB for pipes and the peers' own small buffers ([`Peer::shrink_buffers`]).
@@ -96,15 +99,16 @@ impl Peer {
         self.stream.set_nodelay(true).expect("TCP_NODELAY");
     }
 
-    /// Fixes this end's own buffers at the smallest, so that what a stalled connection holds is
-    /// held by the proxy.
+    /// Fixes this end's own buffers at a small size, so that most of what a stalled connection
+    /// holds is held by the proxy. (Below loopback's segment size of 64 KiB, a window that opens
+    /// again does so only by probes, five times a second.)
     ///
     /// # Panics
     /// The kernel refuses.
     pub fn shrink_buffers(&self) {
         let socket = SockRef::from(&self.stream);
-        socket.set_recv_buffer_size(8 * 1024).expect("SO_RCVBUF");
-        socket.set_send_buffer_size(8 * 1024).expect("SO_SNDBUF");
+        socket.set_recv_buffer_size(SMALL_BUFFER).expect("SO_RCVBUF");
+        socket.set_send_buffer_size(SMALL_BUFFER).expect("SO_SNDBUF");
     }
 
     /// Sends `bytes`.

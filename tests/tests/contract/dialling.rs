@@ -15,7 +15,6 @@ pub fn a_refused_client_is_reset_at_once(at: Setting) {
     // Would the refusal not end it at once, the test would end before the time-out does.
     let proxy = at.launch(nobody.address()).flag("connect-timeout", "10m").start();
     let client = Peer::connect(proxy.address());
-    client.send(b"request");
     client.expect_reset();
     let ended = proxy.ended();
     assert_eq!(ended.reason, "upstream_refused");

@@ -9,6 +9,8 @@ use crate::setting::{Setting, Side, both};
 pub fn before_any_byte(at: Setting) {
     for side in Side::BOTH {
         let (proxy, resetting, other) = at.relayed().seen_from(side);
+        // A server that resets earlier still counts as one that refused.
+        proxy.await_metric("connections_relaying", &[("engine", at.engine)], 1.0);
         resetting.reset();
         other.expect_reset();
         assert_eq!(proxy.ended().reason, side.reset());

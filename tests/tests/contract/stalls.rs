@@ -47,7 +47,7 @@ fn stalled(pairs: &[(Peer, Peer)]) -> Vec<(&Peer, u64)> {
     }
     let ends = |number: usize| {
         let (client, server) = &pairs[number];
-        if number % 2 == 0 { (client, server) } else { (server, client) }
+        if number.is_multiple_of(2) { (client, server) } else { (server, client) }
     };
     let (writers, readers): (Vec<_>, Vec<_>) = (0..pairs.len()).map(ends).unzip();
     let sent = fill_all(&writers, 1, backlog_bound());

@@ -45,7 +45,7 @@ pub fn one_byte_at_a_time_both_ways(at: Setting) {
 }
 
 pub fn ping_pong(at: Setting) {
-    let Relayed { client, server, .. } = at.relayed();
+    let Relayed { proxy: _proxy, client, server, .. } = at.relayed();
     client.no_delay();
     server.no_delay();
     let rounds = || {
@@ -70,7 +70,7 @@ pub fn ping_pong(at: Setting) {
 
 /// An engine that moves small and large amounts in different ways changes between them here.
 pub fn bulk_and_single_bytes_by_turns(at: Setting) {
-    let Relayed { client, server, .. } = at.relayed();
+    let Relayed { proxy: _proxy, client, server, .. } = at.relayed();
     let turns: u64 = 40;
     let write = |peer: &Peer, seed| {
         for turn in 0..turns {
@@ -130,7 +130,7 @@ pub fn a_thousand_connections_at_once(at: Setting) {
 }
 
 pub fn the_server_speaks_first(at: Setting) {
-    let Relayed { client, server, .. } = at.relayed();
+    let Relayed { proxy: _proxy, client, server, .. } = at.relayed();
     server.send(b"220 ready");
     client.receive(b"220 ready");
     client.send(b"QUIT");
