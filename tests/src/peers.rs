@@ -319,6 +319,21 @@ impl Peer {
         until(&what, || rustix::io::ioctl_fionread(&self.stream).is_ok_and(|n| n >= count));
     }
 
+    /// Whether `count` bytes lie in this end's own buffer, unread, within `bound`.
+    #[must_use]
+    pub fn unread_within(&self, count: u64, bound: Duration) -> bool {
+        let deadline = Instant::now() + bound;
+        loop {
+            if rustix::io::ioctl_fionread(&self.stream).is_ok_and(|n| n >= count) {
+                return true;
+            }
+            if Instant::now() > deadline {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
     /// Receives FIN, and no byte before it.
     ///
     /// # Panics
