@@ -9,6 +9,7 @@
 //! awaited with [`wait::eventually`]), and no test passes because something took long enough.
 
 pub mod admin;
+pub mod apiserver;
 pub mod netns;
 pub mod peers;
 pub mod process;
