@@ -1,0 +1,451 @@
+//! The loop: wait for news, compare, write what differs.
+
+use std::collections::BTreeSet;
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::{FutureExt, StreamExt};
+use k8s_openapi::api::core::v1::Endpoints;
+use kube::{Client, ResourceExt};
+use tokio::time::Instant;
+use tracing::{debug, info, warn};
+
+use super::address::Family;
+use super::content;
+use super::desired::{Desired, Known, desired};
+use super::observe::{Health, News, Observed, SELDOM, Seen, watches};
+use super::pace::{Pace, Verdict, describe_rival};
+use super::plan::{Action, Found, Legacy, Plan, Step, Subject, plan};
+use super::report;
+use super::trouble::Trouble;
+use super::write::{self, Written};
+use crate::config::{EndpointConfig, EndpointMode};
+use crate::metrics::Metrics;
+
+/// News that come together are taken together.
+const GATHER: Duration = Duration::from_millis(20);
+
+/// While we may not publish our own address yet, how often to ask again.
+const LEAVE_POLL: Duration = Duration::from_secs(1);
+
+/// Replicas that are not the first of the list let the first one write, at least and at most so
+/// long; if it does, there is nothing left to do for a thousand others.
+const COURTESY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_millis(500));
+
+/// Looks at fresh objects and tries again so often before a pause.
+const TRIES: usize = 5;
+
+/// Whether this process serves clients now, so that its address may be published.
+pub(super) trait Leave {
+    fn granted(&self) -> impl Future<Output = bool> + Send;
+}
+
+/// How a pass ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Outcome {
+    /// All is as it should be.
+    Unchanged,
+    /// Something was written, and all is as it should be.
+    Changed,
+    /// No address is known, or none that may be published yet.
+    Waiting,
+    /// Another replica may write the same, or a pause has not ended.
+    Deferred,
+    /// A rival undoes our writes.
+    Rival,
+    /// Something could not be written.
+    Failed(&'static str),
+}
+
+impl Outcome {
+    fn as_label(self) -> &'static str {
+        match self {
+            Self::Unchanged => "unchanged",
+            Self::Changed => "changed",
+            Self::Waiting => "waiting",
+            Self::Deferred => "deferred",
+            Self::Rival => "rival",
+            Self::Failed(why) => why,
+        }
+    }
+}
+
+/// All the state of the loop.
+pub(super) struct Reconciler<L> {
+    config: EndpointConfig,
+    leave: L,
+    metrics: Arc<Metrics>,
+    client: Client,
+    observed: Observed,
+    known: Known,
+    pace: Pace,
+    /// Let other replicas go first until then.
+    courtesy: Option<Instant>,
+    no_delete_until: Option<Instant>,
+    no_endpoints_until: Option<Instant>,
+    /// The word about missing permission for `Endpoints` has been said.
+    said_no_endpoints: bool,
+    next_full: Instant,
+    waits: bool,
+}
+
+impl<L: Leave> Reconciler<L> {
+    pub(super) fn new(config: EndpointConfig, leave: L, metrics: Arc<Metrics>, client: Client) -> Self {
+        Self {
+            config,
+            leave,
+            metrics,
+            client,
+            observed: Observed::default(),
+            known: Known::new(),
+            pace: Pace::default(),
+            courtesy: None,
+            no_delete_until: None,
+            no_endpoints_until: None,
+            said_no_endpoints: false,
+            next_full: Instant::now(),
+            waits: false,
+        }
+    }
+
+    /// Never ends.
+    pub(super) async fn run(mut self) {
+        let mut news = watches(&self.client, &self.config);
+        loop {
+            tokio::select! {
+                Some(seen) = news.next() => {
+                    self.take(seen);
+                    tokio::time::sleep(GATHER).await;
+                    while let Some(Some(seen)) = news.next().now_or_never() {
+                        self.take(seen);
+                    }
+                }
+                () = tokio::time::sleep_until(self.wake_at()) => {}
+            }
+            let now = Instant::now();
+            if now >= self.next_full {
+                let jitter = 0.9 + 0.2 * fastrand::f64();
+                self.next_full = now + self.config.reconcile_interval.mul_f64(jitter);
+            }
+            if self.observed.suffices(self.config.mode) {
+                let outcome = self.pass().await;
+                self.metrics.reconciles.with_label_values(&[outcome.as_label()]).inc();
+            }
+        }
+    }
+
+    fn wake_at(&self) -> Instant {
+        let now = Instant::now();
+        let leave = self.waits.then(|| now + LEAVE_POLL);
+        let times = [self.courtesy, self.pace.next_change(now), leave];
+        times.into_iter().flatten().fold(self.next_full.max(now), Instant::min)
+    }
+
+    fn take(&mut self, seen: Seen) {
+        let observed = &mut self.observed;
+        let (what, health) = match seen {
+            Seen::Service(news) => ("the Service default/kubernetes", observed.service.take(news)),
+            Seen::Slice(news) => ("its EndpointSlices", observed.slices.take(news)),
+            Seen::OwnService(news) => ("our own Service", observed.own_service.take(news)),
+            Seen::OwnSlice(news) => ("our own EndpointSlices", observed.own_slices.take(news)),
+            Seen::Endpoints(news) => return self.take_endpoints(news),
+        };
+        match health {
+            Health::Same => {}
+            Health::Failed(trouble) => {
+                self.metrics.reconciles.with_label_values(&[trouble.as_label()]).inc();
+                warn!(error = %trouble, "cannot watch {what}; trying again quietly");
+            }
+            Health::Recovered => info!("watching {what} again"),
+        }
+    }
+
+    fn take_endpoints(&mut self, news: News<Endpoints>) {
+        match self.observed.endpoints.take(news) {
+            Health::Failed(trouble @ Trouble::Forbidden(_)) => self.no_endpoints(&trouble),
+            Health::Failed(trouble) => debug!(error = %trouble, "cannot watch core Endpoints"),
+            Health::Recovered if self.said_no_endpoints => {
+                self.said_no_endpoints = false;
+                info!("core Endpoints default/kubernetes may be kept now");
+            }
+            Health::Recovered | Health::Same => {}
+        }
+    }
+
+    /// Without that permission all else goes on; the original's role does not give it.
+    fn no_endpoints(&mut self, trouble: &Trouble) {
+        self.no_endpoints_until = Some(Instant::now() + SELDOM);
+        if !std::mem::replace(&mut self.said_no_endpoints, true) {
+            warn!(
+                error = %trouble,
+                "may not keep core Endpoints default/kubernetes, only its EndpointSlices; \
+                 conformance wants both. It takes get, list, watch, create and patch of endpoints"
+            );
+        }
+    }
+
+    /// Compares and writes, again with fresh objects where ours were stale.
+    async fn pass(&mut self) -> Outcome {
+        let mut changed = false;
+        let mut stale = None;
+        for attempt in 0..TRIES {
+            if attempt > 0 {
+                // Replicas that collided come back apart from one another.
+                tokio::time::sleep(Duration::from_millis(fastrand::u64(5..50))).await;
+            }
+            let desired = self.desire().await;
+            let plan = match self.plan(&desired).await {
+                Ok(plan) => plan,
+                Err(trouble) => return Outcome::Failed(trouble.as_label()),
+            };
+            self.note_right(&desired, &plan);
+            if plan.steps.is_empty() {
+                self.courtesy = None;
+                let waiting = desired.families.is_empty();
+                return match changed {
+                    true => Outcome::Changed,
+                    false if waiting => Outcome::Waiting,
+                    false => Outcome::Unchanged,
+                };
+            }
+            if attempt == 0 && self.lets_others_go_first(&desired) {
+                return Outcome::Deferred;
+            }
+            match self.take_steps(plan).await {
+                // Once more, which finds nothing left to do or what else differs.
+                Round::Wrote => changed = true,
+                Round::Stale(subject, trouble) => stale = Some((subject, trouble)),
+                Round::Over(outcome) => return outcome,
+            }
+        }
+        // Five times in a row somebody was quicker, or what we write is not taken.
+        if let Some((subject, trouble)) = stale {
+            self.failed(&subject, "write", &trouble);
+            return Outcome::Failed(trouble.as_label());
+        }
+        Outcome::Changed
+    }
+
+    async fn desire(&mut self) -> Desired {
+        let view = self.observed.view(&self.config);
+        let mut wanted = desired(&self.config, view, &self.known, false);
+        if wanted.waits && self.leave.granted().await {
+            wanted = desired(&self.config, view, &self.known, true);
+        }
+        self.waits = wanted.waits;
+        wanted
+    }
+
+    async fn plan(&mut self, desired: &Desired) -> Result<Plan, Trouble> {
+        let now = Instant::now();
+        let passed = |until: Option<Instant>| until.is_none_or(|until| until <= now);
+        let mut free = BTreeSet::new();
+        loop {
+            let found = Found {
+                slices: self.observed.slices.objects(),
+                free: &free,
+                legacy: match passed(self.no_endpoints_until) {
+                    true => self.observed.legacy(),
+                    false => Legacy::OutOfReach,
+                },
+                may_delete: passed(self.no_delete_until),
+            };
+            let plan = plan(desired, found, self.config.service_port);
+            if plan.unseen.is_empty() {
+                return Ok(plan);
+            }
+            for name in plan.unseen {
+                match write::slice(&self.client, &name).await {
+                    Ok(Some(slice)) => self.observed.slices.put(slice),
+                    Ok(None) => drop(free.insert(name)),
+                    Err(trouble) => {
+                        self.failed(&Subject::Slice(name), "read", &trouble);
+                        return Err(trouble);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Remembers what is in place, and sees quarrels end.
+    fn note_right(&mut self, desired: &Desired, plan: &Plan) {
+        let now = Instant::now();
+        let mut right = plan.settled.clone();
+        let in_the_way = |subject: &Subject| plan.steps.iter().any(|step| step.subject == *subject);
+        let cleared = self.pace.foreign().filter(|subject| !in_the_way(subject));
+        right.extend(cleared.map(|subject| (subject.clone(), content::absence())));
+        for (subject, content) in &right {
+            if let Some(rival) = self.pace.right(subject, *content, now) {
+                info!(%rival, "{subject} is no longer undone");
+            }
+        }
+        self.metrics.endpoint_rival.set(i64::from(self.pace.has_rival()));
+        for family in Family::ALL {
+            let name = plan.names.iter().find(|(of, _)| *of == family).map(|(_, name)| name);
+            let in_place = right.iter().any(|(subject, _)| Some(subject) == name);
+            let published = desired.families.iter().find(|published| published.family == family);
+            let entries = published.filter(|_| in_place).map(|published| &published.entries);
+            if let Some(entries) = entries {
+                self.known.insert(family, entries.clone());
+            }
+            let count = entries.map_or(0, Vec::len);
+            let gauge = self.metrics.endpoint_addresses.with_label_values(&[family.as_label()]);
+            gauge.set(i64::try_from(count).unwrap_or(i64::MAX));
+        }
+    }
+
+    /// True while another replica, the first by address, should do what is to be done.
+    fn lets_others_go_first(&mut self, desired: &Desired) -> bool {
+        let Some(first) = desired.families.first() else { return false };
+        let own = self.config.pod_ip;
+        let leads = match self.config.mode {
+            EndpointMode::Mirror if first.provisional => first.entries.len() == 1,
+            EndpointMode::Mirror => first.entries.first().map(|entry| entry.ip) == own,
+            EndpointMode::ClusterIp | EndpointMode::Off => false,
+        };
+        let now = Instant::now();
+        let (least, most) = COURTESY;
+        let until = *self
+            .courtesy
+            .get_or_insert_with(|| now + least + (most - least).mul_f64(fastrand::f64()));
+        if leads || until <= now {
+            self.courtesy = None;
+        }
+        self.courtesy.is_some()
+    }
+
+    async fn take_steps(&mut self, plan: Plan) -> Round {
+        let now = Instant::now();
+        let mut go = Vec::new();
+        for step in plan.steps {
+            match self.pace.judge(&step, now) {
+                Verdict::Go => go.push(step),
+                Verdict::Later => {}
+                Verdict::Rival { by, undone } => self.announce(&step, &by, undone).await,
+            }
+        }
+        if go.is_empty() {
+            let rival = self.pace.has_rival();
+            return Round::Over(if rival { Outcome::Rival } else { Outcome::Deferred });
+        }
+        let mut failed: Option<(Subject, &'static str)> = None;
+        for step in go {
+            // A slice that could not be deleted is in the way of its successor.
+            if failed.as_ref().is_some_and(|(subject, _)| *subject == step.subject) {
+                continue;
+            }
+            match self.take_step(&step).await {
+                Progress::Done => {}
+                Progress::Stale(trouble) => return Round::Stale(step.subject, trouble),
+                Progress::Failed(why) => failed = Some((step.subject, why)),
+            }
+        }
+        failed.map_or(Round::Wrote, |(_, why)| Round::Over(Outcome::Failed(why)))
+    }
+
+    async fn take_step(&mut self, step: &Step) -> Progress {
+        let result = write::write(&self.client, &step.action).await;
+        let label = result.as_ref().err().map_or("ok", Trouble::as_label);
+        self.metrics.endpoint_writes.with_label_values(&[step.action.kind_label(), label]).inc();
+        match result {
+            Ok(written) => {
+                match written {
+                    Written::Slice(slice) => self.observed.slices.put(*slice),
+                    Written::Endpoints(endpoints) => self.observed.endpoints.put(*endpoints),
+                    Written::Deleted(name) => self.observed.slices.remove(&name),
+                }
+                info!(by = step.by, "{}: {}", step.subject, step.changes);
+                Progress::Done
+            }
+            Err(trouble @ Trouble::Forbidden(_)) => self.refused(step, &trouble),
+            Err(trouble) if trouble.is_stale_view() => match self.look_again(&step.action).await {
+                Ok(()) => Progress::Stale(trouble),
+                Err(trouble) => self.failed(&step.subject, "read", &trouble),
+            },
+            Err(trouble) => self.failed(&step.subject, "write", &trouble),
+        }
+    }
+
+    /// Some permissions we can do without.
+    fn refused(&mut self, step: &Step, trouble: &Trouble) -> Progress {
+        match step.action {
+            Action::Delete { .. } => {
+                self.no_delete_until = Some(Instant::now() + SELDOM);
+                debug!(error = %trouble, "may not delete EndpointSlices; foreign ones are emptied");
+                Progress::Stale(trouble.clone())
+            }
+            Action::ApplyEndpoints(_) => {
+                self.no_endpoints(trouble);
+                Progress::Done
+            }
+            Action::Apply(_) | Action::Empty { .. } => self.failed(&step.subject, "write", trouble),
+        }
+    }
+
+    /// Fetches the object of the action as it is now.
+    async fn look_again(&mut self, action: &Action) -> Result<(), Trouble> {
+        let name = match action {
+            Action::Apply(slice) => slice.name_any(),
+            Action::Delete { name, .. } | Action::Empty { name, .. } => name.clone(),
+            Action::ApplyEndpoints(_) => {
+                match write::endpoints(&self.client).await? {
+                    Some(endpoints) => self.observed.endpoints.put(endpoints),
+                    None => self.observed.endpoints.remove(content::NAME),
+                }
+                return Ok(());
+            }
+        };
+        match write::slice(&self.client, &name).await? {
+            Some(slice) => self.observed.slices.put(slice),
+            None => self.observed.slices.remove(&name),
+        }
+        Ok(())
+    }
+
+    fn failed(&mut self, subject: &Subject, what: &str, trouble: &Trouble) -> Progress {
+        if self.pace.failed(subject, Instant::now()) {
+            warn!(error = %trouble, "cannot {what} {subject}; trying again quietly");
+        } else {
+            debug!(error = %trouble, "still cannot {what} {subject}");
+        }
+        Progress::Failed(trouble.as_label())
+    }
+
+    /// Says once, in the log and to the cluster, that another writer undoes ours.
+    async fn announce(&mut self, step: &Step, by: &str, undone: usize) {
+        let subject = &step.subject;
+        let rival = describe_rival(by);
+        self.metrics.endpoint_rival.set(1);
+        warn!(%rival, undone, "{subject} keeps being undone; from now on trying only seldom");
+        let advice = match by {
+            "kube-apiserver" => " Start the API server with --endpoint-reconciler-type=none.",
+            _ => "",
+        };
+        let message = format!(
+            "{rival} has undone {undone} writes of {subject} lately, so they are repeated only \
+             seldom and clients may not reach the API server through this proxy.{advice}"
+        );
+        let service = self.observed.service.objects().get(content::NAME);
+        if let Err(trouble) = report::rival(&self.client, service, subject, message).await {
+            debug!(error = %trouble, "cannot write the Event");
+        }
+    }
+}
+
+/// How a round of writes ended.
+enum Round {
+    /// All was written that may be.
+    Wrote,
+    /// An object was not as we saw it; it has been fetched.
+    Stale(Subject, Trouble),
+    /// No more to be done in this pass.
+    Over(Outcome),
+}
+
+/// How one write ended.
+enum Progress {
+    Done,
+    Stale(Trouble),
+    Failed(&'static str),
+}

@@ -1,0 +1,9 @@
+//! The reconciler against an API server in memory, which can be told to misbehave, in virtual
+//! time.
+
+mod content;
+mod fake;
+mod faults;
+mod harness;
+mod replicas;
+mod rivals;
