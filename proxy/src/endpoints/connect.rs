@@ -17,6 +17,9 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 /// Bounds the set-up of a connection; answers are bounded where they are awaited.
 const CONNECT: Duration = Duration::from_secs(5);
 
+/// A connection without a byte for so long, while one is awaited, is dead.
+const SILENCE: Duration = Duration::from_secs(75);
+
 /// What is lacking.
 #[derive(Debug, thiserror::Error)]
 enum NoClient {
@@ -40,6 +43,9 @@ async fn try_client(config: &EndpointConfig) -> Result<Client, NoClient> {
     };
     settings.connect_timeout = Some(CONNECT);
     settings.write_timeout = Some(CONNECT);
+    // A watch is never silent for longer, as it is renewed every minute.
+    settings.read_timeout = Some(SILENCE);
+    settings.reset_reader_on_write = true;
     Ok(Client::try_from(settings)?)
 }
 

@@ -6,7 +6,9 @@ use std::fmt::Display;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::IpAddr;
 
-use k8s_openapi::api::core::v1::{EndpointAddress, EndpointPort as CorePort, EndpointSubset, Endpoints};
+use k8s_openapi::api::core::v1::{
+    EndpointAddress, EndpointPort as CorePort, EndpointSubset, Endpoints,
+};
 use k8s_openapi::api::discovery::v1::{Endpoint, EndpointConditions, EndpointPort, EndpointSlice};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
@@ -34,11 +36,8 @@ fn labels(pairs: &[(&str, &str)]) -> Option<BTreeMap<String, String>> {
 
 /// The slice that publishes these entries.
 pub(super) fn slice(name: &str, published: &Published, port: u16) -> EndpointSlice {
-    let ready = EndpointConditions {
-        ready: Some(true),
-        serving: Some(true),
-        terminating: Some(false),
-    };
+    let ready =
+        EndpointConditions { ready: Some(true), serving: Some(true), terminating: Some(false) };
     let endpoint = |entry: &Entry| Endpoint {
         addresses: vec![entry.ip.to_string()],
         conditions: Some(ready.clone()),
@@ -202,7 +201,8 @@ fn endpoint_changes(want: &[Meaning], found: &[Meaning]) -> Vec<String> {
     if addresses(want) != addresses(found) || want.len() != found.len() {
         return vec![change("addresses", listed(addresses(found)), listed(addresses(want)))];
     }
-    let differs = |field: fn(&Meaning, &Meaning) -> bool| want.iter().zip(found).any(|(w, f)| field(w, f));
+    let differs =
+        |field: fn(&Meaning, &Meaning) -> bool| want.iter().zip(found).any(|(w, f)| field(w, f));
     let conditions = |w: &Meaning, f: &Meaning| {
         (w.ready, w.serving, w.terminating) != (f.ready, f.serving, f.terminating)
     };
@@ -213,7 +213,8 @@ fn endpoint_changes(want: &[Meaning], found: &[Meaning]) -> Vec<String> {
         ("hints and references", differs(|w, f| w.extras != f.extras)),
     ]
     .into_iter()
-    .filter_map(|(what, differs)| differs.then(|| what.to_owned()))
+    .filter(|(_, differs)| *differs)
+    .map(|(what, _)| what.to_owned())
     .collect()
 }
 
@@ -222,7 +223,8 @@ fn port_changes(want: &[Port], found: &[Port]) -> Vec<String> {
         let count = change("number of ports", found.len(), want.len());
         return if want == found { Vec::new() } else { vec![count] };
     };
-    let number = |port: Option<i32>| port.map_or_else(|| "(all)".to_owned(), |port| port.to_string());
+    let number =
+        |port: Option<i32>| port.map_or_else(|| "(all)".to_owned(), |port| port.to_string());
     let mut changes = Vec::new();
     if want.0 != found.0 {
         changes.push(change("port name", &found.0, &want.0));

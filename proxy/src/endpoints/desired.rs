@@ -82,7 +82,11 @@ fn service_families(service: Option<&Service>) -> Vec<Family> {
     let Some(spec) = service.and_then(|service| service.spec.as_ref()) else { return Vec::new() };
     let listed: Vec<_> =
         spec.ip_families.iter().flatten().filter_map(|text| Family::parse(text)).collect();
-    if listed.is_empty() { service_ips(service).into_iter().map(Family::of).collect() } else { listed }
+    if listed.is_empty() {
+        service_ips(service).into_iter().map(Family::of).collect()
+    } else {
+        listed
+    }
 }
 
 /// ClusterIPs, primary first.

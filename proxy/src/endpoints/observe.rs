@@ -24,6 +24,10 @@ use crate::config::{EndpointConfig, EndpointMode, SERVICE_NAMESPACE};
 /// later, so this bounds how old our view can be.
 const WATCH_SECONDS: u32 = 60;
 
+/// After so long without a word all is listed anew, whatever the connection looks like: kube bounds
+/// the silence of a watch, but neither that of the list before it nor that before its first byte.
+const SILENCE: Duration = Duration::from_secs(600);
+
 /// Where core `Endpoints` are forbidden, a permission granted later is noticed within this.
 pub(super) const SELDOM: Duration = Duration::from_secs(600);
 
@@ -53,12 +57,7 @@ pub(super) struct Store<K> {
 
 impl<K> Default for Store<K> {
     fn default() -> Self {
-        Self {
-            objects: BTreeMap::new(),
-            incoming: BTreeMap::new(),
-            known: false,
-            trouble: None,
-        }
+        Self { objects: BTreeMap::new(), incoming: BTreeMap::new(), known: false, trouble: None }
     }
 }
 
@@ -174,7 +173,10 @@ impl Observed {
 }
 
 /// All watches that the mode needs.
-pub(super) fn watches(client: &Client, config: &EndpointConfig) -> SelectAll<BoxStream<'static, Seen>> {
+pub(super) fn watches(
+    client: &Client,
+    config: &EndpointConfig,
+) -> SelectAll<BoxStream<'static, Seen>> {
     let name = |name: &str| settings().fields(&format!("metadata.name={name}"));
     let of_service = |name: &str| settings().labels(&format!("{SERVICE_LABEL}={name}"));
     let mut all = vec![
@@ -273,21 +275,20 @@ where
                 empty.insert(stream.boxed())
             }
         };
-        // kube bounds the silence of a watch, but not that of the list before it.
-        let next = if self.listing {
-            tokio::time::timeout(ANSWER, stream.next()).await
-        } else {
-            Ok(stream.next().await)
-        };
-        let Ok(next) = next else {
-            self.stream = None;
-            return Err(Trouble::Timeout(ANSWER));
-        };
-        match next {
-            Some(event) => event.map_err(Trouble::from),
-            None => {
+        let patience = if self.listing { ANSWER } else { SILENCE };
+        match tokio::time::timeout(patience, stream.next()).await {
+            Ok(Some(event)) => event.map_err(Trouble::from),
+            Ok(None) => {
                 self.stream = None;
                 Err(Trouble::Other("the watch ended".to_owned()))
+            }
+            Err(_) if self.listing => {
+                self.stream = None;
+                Err(Trouble::Timeout(ANSWER))
+            }
+            Err(_) => {
+                self.stream = None;
+                Box::pin(self.step()).await
             }
         }
     }

@@ -76,10 +76,15 @@ pub(super) struct Pace {
 }
 
 impl Pace {
+    /// Something needs this step: if all was right before, somebody has undone it.
+    pub(super) fn notice(&mut self, step: &Step, now: Instant) {
+        self.records.entry(step.subject.clone()).or_default().count(step, now);
+    }
+
     /// May this step be taken now? To be asked once for each step of a plan, before any is taken.
     pub(super) fn judge(&mut self, step: &Step, now: Instant) -> Verdict {
+        self.notice(step, now);
         let record = self.records.entry(step.subject.clone()).or_default();
-        record.count(step, now);
         if let Some(truce) = &mut record.truce {
             truce.quiet_since = None;
         } else if let Some((by, undone)) = record.rival() {
@@ -171,7 +176,11 @@ impl Record {
         // Nobody signs a deletion, and a deleted object always looks the same; be patient then.
         let same_enough = same >= SAME_UNDONE && !last.by.is_empty();
         (same_enough || any >= ANY_UNDONE).then(|| {
-            let by = if last.by.is_empty() { "somebody who deletes it".to_owned() } else { last.by.clone() };
+            let by = if last.by.is_empty() {
+                "somebody who deletes it".to_owned()
+            } else {
+                last.by.clone()
+            };
             (by, any)
         })
     }

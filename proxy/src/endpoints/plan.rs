@@ -80,8 +80,8 @@ pub(super) enum Legacy<'a> {
 pub(super) struct Found<'a> {
     /// Slices seen, those of other Services' label included that were fetched by name.
     pub slices: &'a BTreeMap<String, EndpointSlice>,
-    /// Names known to be free although no watch tells.
-    pub free: &'a BTreeSet<String>,
+    /// Names known to be free; `None` to take all as free that no watch shows.
+    pub free: Option<&'a BTreeSet<String>>,
     pub legacy: Legacy<'a>,
     pub may_delete: bool,
 }
@@ -119,7 +119,8 @@ pub(super) fn plan(desired: &Desired, found: Found<'_>, port: u16) -> Plan {
             plan.clear_foreign(slice, own, found);
         }
     }
-    if let Some(published) = desired.families.first().filter(|p| Some(p.family) == desired.primary) {
+    if let Some(published) = desired.families.first().filter(|p| Some(p.family) == desired.primary)
+    {
         plan.keep_endpoints(published, found, port);
     }
     plan
@@ -151,7 +152,7 @@ impl Plan {
             changes: "created".to_owned(),
         };
         let Some(existing) = found.slices.get(&name) else {
-            if found.free.contains(&name) {
+            if found.free.is_none_or(|free| free.contains(&name)) {
                 self.steps.push(step);
             } else {
                 self.unseen.push(name);

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use futures::{FutureExt, StreamExt};
 use k8s_openapi::api::core::v1::Endpoints;
+use kube::runtime::watcher::Event;
 use kube::{Client, ResourceExt};
 use tokio::time::Instant;
 use tracing::{debug, info, warn};
@@ -87,11 +88,19 @@ pub(super) struct Reconciler<L> {
     /// The word about missing permission for `Endpoints` has been said.
     said_no_endpoints: bool,
     next_full: Instant,
+    /// An address waits for us to be ready.
     waits: bool,
+    /// What [`Leave`] said last.
+    granted: bool,
 }
 
 impl<L: Leave> Reconciler<L> {
-    pub(super) fn new(config: EndpointConfig, leave: L, metrics: Arc<Metrics>, client: Client) -> Self {
+    pub(super) fn new(
+        config: EndpointConfig,
+        leave: L,
+        metrics: Arc<Metrics>,
+        client: Client,
+    ) -> Self {
         Self {
             config,
             leave,
@@ -106,6 +115,7 @@ impl<L: Leave> Reconciler<L> {
             said_no_endpoints: false,
             next_full: Instant::now(),
             waits: false,
+            granted: false,
         }
     }
 
@@ -144,6 +154,7 @@ impl<L: Leave> Reconciler<L> {
 
     fn take(&mut self, seen: Seen) {
         let observed = &mut self.observed;
+        let ours = matches!(&seen, Seen::Slice(Ok(Event::Apply(_) | Event::Delete(_))));
         let (what, health) = match seen {
             Seen::Service(news) => ("the Service default/kubernetes", observed.service.take(news)),
             Seen::Slice(news) => ("its EndpointSlices", observed.slices.take(news)),
@@ -159,9 +170,13 @@ impl<L: Leave> Reconciler<L> {
             }
             Health::Recovered => info!("watching {what} again"),
         }
+        if ours {
+            self.notice();
+        }
     }
 
     fn take_endpoints(&mut self, news: News<Endpoints>) {
+        let ours = matches!(&news, Ok(Event::Apply(_) | Event::Delete(_)));
         match self.observed.endpoints.take(news) {
             Health::Failed(trouble @ Trouble::Forbidden(_)) => self.no_endpoints(&trouble),
             Health::Failed(trouble) => debug!(error = %trouble, "cannot watch core Endpoints"),
@@ -170,6 +185,9 @@ impl<L: Leave> Reconciler<L> {
                 info!("core Endpoints default/kubernetes may be kept now");
             }
             Health::Recovered | Health::Same => {}
+        }
+        if ours {
+            self.notice();
         }
     }
 
@@ -209,10 +227,15 @@ impl<L: Leave> Reconciler<L> {
                     false => Outcome::Unchanged,
                 };
             }
+            let steps = self.judge(plan.steps).await;
+            if steps.is_empty() {
+                let rival = self.pace.has_rival();
+                return if rival { Outcome::Rival } else { Outcome::Deferred };
+            }
             if attempt == 0 && self.lets_others_go_first(&desired) {
                 return Outcome::Deferred;
             }
-            match self.take_steps(plan).await {
+            match self.take_steps(steps).await {
                 // Once more, which finds nothing left to do or what else differs.
                 Round::Wrote => changed = true,
                 Round::Stale(subject, trouble) => stale = Some((subject, trouble)),
@@ -228,13 +251,35 @@ impl<L: Leave> Reconciler<L> {
     }
 
     async fn desire(&mut self) -> Desired {
-        let view = self.observed.view(&self.config);
-        let mut wanted = desired(&self.config, view, &self.known, false);
-        if wanted.waits && self.leave.granted().await {
-            wanted = desired(&self.config, view, &self.known, true);
-        }
+        self.granted = self.would_publish(false).waits && self.leave.granted().await;
+        let wanted = self.would_publish(self.granted);
         self.waits = wanted.waits;
         wanted
+    }
+
+    fn would_publish(&self, granted: bool) -> Desired {
+        desired(&self.config, self.observed.view(&self.config), &self.known, granted)
+    }
+
+    /// Sees undone writes and their repair one by one, as they are told: by the time of a pass
+    /// another replica may have repaired what was undone, and each must count the same.
+    fn notice(&mut self) {
+        if !self.observed.suffices(self.config.mode) {
+            return;
+        }
+        let desired = self.would_publish(self.granted);
+        let found = Found {
+            slices: self.observed.slices.objects(),
+            // What is not seen counts as not there.
+            free: None,
+            legacy: self.observed.legacy(),
+            may_delete: self.no_delete_until.is_none_or(|until| until <= Instant::now()),
+        };
+        let plan = plan(&desired, found, self.config.service_port);
+        self.note_right(&desired, &plan);
+        for step in &plan.steps {
+            self.pace.notice(step, Instant::now());
+        }
     }
 
     async fn plan(&mut self, desired: &Desired) -> Result<Plan, Trouble> {
@@ -244,7 +289,7 @@ impl<L: Leave> Reconciler<L> {
         loop {
             let found = Found {
                 slices: self.observed.slices.objects(),
-                free: &free,
+                free: Some(&free),
                 legacy: match passed(self.no_endpoints_until) {
                     true => self.observed.legacy(),
                     false => Legacy::OutOfReach,
@@ -315,22 +360,23 @@ impl<L: Leave> Reconciler<L> {
         self.courtesy.is_some()
     }
 
-    async fn take_steps(&mut self, plan: Plan) -> Round {
+    /// The steps that may be taken now.
+    async fn judge(&mut self, steps: Vec<Step>) -> Vec<Step> {
         let now = Instant::now();
         let mut go = Vec::new();
-        for step in plan.steps {
+        for step in steps {
             match self.pace.judge(&step, now) {
                 Verdict::Go => go.push(step),
                 Verdict::Later => {}
                 Verdict::Rival { by, undone } => self.announce(&step, &by, undone).await,
             }
         }
-        if go.is_empty() {
-            let rival = self.pace.has_rival();
-            return Round::Over(if rival { Outcome::Rival } else { Outcome::Deferred });
-        }
+        go
+    }
+
+    async fn take_steps(&mut self, steps: Vec<Step>) -> Round {
         let mut failed: Option<(Subject, &'static str)> = None;
-        for step in go {
+        for step in steps {
             // A slice that could not be deleted is in the way of its successor.
             if failed.as_ref().is_some_and(|(subject, _)| *subject == step.subject) {
                 continue;
@@ -435,7 +481,7 @@ impl<L: Leave> Reconciler<L> {
 
 /// How a round of writes ended.
 enum Round {
-    /// All was written that may be.
+    /// All was written.
     Wrote,
     /// An object was not as we saw it; it has been fetched.
     Stale(Subject, Trouble),

@@ -56,16 +56,17 @@ pub(super) async fn write(client: &Client, action: &Action) -> Result<Written, T
             Ok(Written::Endpoints(Box::new(written)))
         }
         Action::Delete { name, uid, version } => {
-            let mut params = DeleteParams::default();
-            params.preconditions =
-                Some(Preconditions { uid: uid.clone(), resource_version: version.clone() });
+            let seen = Preconditions { uid: uid.clone(), resource_version: version.clone() };
+            let params = DeleteParams { preconditions: Some(seen), ..DeleteParams::default() };
             in_time(slices(client).delete(name, &params)).await?;
             Ok(Written::Deleted(name.clone()))
         }
         Action::Empty { name, version } => {
-            let params = PatchParams { field_manager: Some(MANAGER.to_owned()), ..Default::default() };
+            let params =
+                PatchParams { field_manager: Some(MANAGER.to_owned()), ..Default::default() };
             let patch = json!({ "metadata": { "resourceVersion": version }, "endpoints": [] });
-            let written = in_time(slices(client).patch(name, &params, &Patch::Merge(patch))).await?;
+            let written =
+                in_time(slices(client).patch(name, &params, &Patch::Merge(patch))).await?;
             Ok(Written::Slice(Box::new(written)))
         }
     }

@@ -102,6 +102,7 @@ struct Change {
     new: Option<Value>,
 }
 
+type Rival = dyn Fn(&Fake, &Call) + Send + Sync;
 type Key = (String, String, String);
 
 #[derive(Default)]
@@ -113,7 +114,7 @@ struct State {
     faults: Vec<Fault>,
     calls: Vec<Call>,
     /// Called after each write by a client, to play a rival that reacts at once.
-    rival: Option<Arc<dyn Fn(&Fake, &Call) + Send + Sync>>,
+    rival: Option<Arc<Rival>>,
 }
 
 /// The server; clones are the same one.
@@ -286,9 +287,9 @@ impl State {
         let key = key(kind, namespace, name);
         let old = self.objects.remove(&key);
         let new = new.map(|mut new| {
-            let uid = old.as_ref().map_or(json!(format!("uid-{version}")), |old| {
-                old["metadata"]["uid"].clone()
-            });
+            let uid = old
+                .as_ref()
+                .map_or(json!(format!("uid-{version}")), |old| old["metadata"]["uid"].clone());
             new["metadata"]["uid"] = uid;
             new["metadata"]["resourceVersion"] = json!(version.to_string());
             self.objects.insert(key, new.clone());
@@ -404,8 +405,9 @@ fn with_owner(
     fields: &[String],
     version: u64,
 ) -> Value {
-    let mut entries: Vec<Value> =
-        old.and_then(|old| old["metadata"]["managedFields"].as_array().cloned()).unwrap_or_default();
+    let mut entries: Vec<Value> = old
+        .and_then(|old| old["metadata"]["managedFields"].as_array().cloned())
+        .unwrap_or_default();
     let is_own = |e: &Value| e["manager"] == json!(manager) && e["operation"] == json!(operation);
     let owned = |fields: &[String]| -> Map<String, Value> {
         fields.iter().map(|field| (format!("f:{field}"), json!({}))).collect()

@@ -79,11 +79,15 @@ pub async fn seconds(count: u64) {
 pub fn service(fake: &Fake, families: &[&str]) {
     let ips: Vec<_> =
         families.iter().map(|f| if *f == "IPv4" { "10.96.0.1" } else { "fd00:10:96::1" }).collect();
-    fake.put("kube-apiserver", "services", json!({
-        "metadata": { "name": "kubernetes", "namespace": "default" },
-        "spec": { "clusterIP": ips[0], "clusterIPs": ips, "ipFamilies": families,
-                  "ports": [{ "name": "https", "port": 443 }] },
-    }));
+    fake.put(
+        "kube-apiserver",
+        "services",
+        json!({
+            "metadata": { "name": "kubernetes", "namespace": "default" },
+            "spec": { "clusterIP": ips[0], "clusterIPs": ips, "ipFamilies": families,
+                      "ports": [{ "name": "https", "port": 443 }] },
+        }),
+    );
 }
 
 /// A cluster with the usual Service.
@@ -100,32 +104,42 @@ pub fn own_endpoint(ip: &str, node: &str, ready: bool) -> Value {
 
 /// Our Service's slice, as the endpointslice controller writes it.
 pub fn own_slice(fake: &Fake, name: &str, family: &str, endpoints: &[Value]) {
-    fake.put("kube-controller-manager", "endpointslices", json!({
-        "metadata": { "name": name, "namespace": "kube-system",
-                      "labels": { "kubernetes.io/service-name": "steward-tcp-proxy" } },
-        "addressType": family,
-        "endpoints": endpoints,
-        "ports": [{ "name": "proxy", "port": 6443, "protocol": "TCP" }],
-    }));
+    fake.put(
+        "kube-controller-manager",
+        "endpointslices",
+        json!({
+            "metadata": { "name": name, "namespace": "kube-system",
+                          "labels": { "kubernetes.io/service-name": "steward-tcp-proxy" } },
+            "addressType": family,
+            "endpoints": endpoints,
+            "ports": [{ "name": "proxy", "port": 6443, "protocol": "TCP" }],
+        }),
+    );
 }
 
 /// Ready IPv4 endpoints `10.0.0.N` on nodes `nN`.
 pub fn ready_on(fake: &Fake, hosts: &[u8]) {
-    let endpoints: Vec<_> =
-        hosts.iter().map(|n| own_endpoint(&format!("10.0.0.{n}"), &format!("n{n}"), true)).collect();
+    let endpoints: Vec<_> = hosts
+        .iter()
+        .map(|n| own_endpoint(&format!("10.0.0.{n}"), &format!("n{n}"), true))
+        .collect();
     own_slice(fake, "own-v4", "IPv4", &endpoints);
 }
 
 /// Somebody's slice of `default/kubernetes`.
 pub fn foreign_slice(fake: &Fake, manager: &str, name: &str, family: &str, ips: &[&str]) {
     let endpoints: Vec<_> = ips.iter().map(|ip| json!({ "addresses": [ip] })).collect();
-    fake.put(manager, "endpointslices", json!({
-        "metadata": { "name": name, "namespace": "default",
-                      "labels": { "kubernetes.io/service-name": "kubernetes" } },
-        "addressType": family,
-        "endpoints": endpoints,
-        "ports": [{ "name": "https", "port": 6443, "protocol": "TCP" }],
-    }));
+    fake.put(
+        manager,
+        "endpointslices",
+        json!({
+            "metadata": { "name": name, "namespace": "default",
+                          "labels": { "kubernetes.io/service-name": "kubernetes" } },
+            "addressType": family,
+            "endpoints": endpoints,
+            "ports": [{ "name": "https", "port": 6443, "protocol": "TCP" }],
+        }),
+    );
 }
 
 pub fn slice(fake: &Fake, name: &str) -> Option<Value> {

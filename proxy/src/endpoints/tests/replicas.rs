@@ -137,7 +137,9 @@ async fn the_first_replica_by_address_writes_and_another_if_it_does_not() {
         (1..=3).map(|n| Replica::start(&fake, config(&format!("10.0.0.{n}")))).collect();
     seconds(5).await;
     let by = |replicas: &[Replica]| -> Vec<u64> {
-        let ok = |r: &Replica| r.metrics.endpoint_writes.with_label_values(&["endpointslice", "ok"]).get();
+        let ok = |r: &Replica| {
+            r.metrics.endpoint_writes.with_label_values(&["endpointslice", "ok"]).get()
+        };
         replicas.iter().map(ok).collect()
     };
     let before = by(&replicas);
