@@ -1,1 +1,3 @@
-//! stub
+//! Harness of the suites.
+
+pub mod apiserver;

@@ -1,2 +1,39 @@
-//! stub
-fn main() {}
+//! Set-up, builds, demo and tests: `cargo xtask <verb>`. A file per verb.
+
+mod build_ebpf;
+mod kube_bins;
+mod packages;
+mod setup;
+mod shell;
+mod test;
+mod toolchain;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+enum Verb {
+    /// Find or install what building and running needs; safe to repeat
+    Setup(setup::Flags),
+    /// Build the kernel programs into target/ebpf (a plain cargo build does it as well)
+    BuildEbpf(build_ebpf::Flags),
+    /// Set up, then run format, lints, documentation and all tests
+    Test(test::Flags),
+}
+
+fn main() -> ExitCode {
+    let outcome = match Verb::parse() {
+        Verb::Setup(flags) => setup::run(&flags),
+        Verb::BuildEbpf(flags) => build_ebpf::run(&flags),
+        Verb::Test(flags) => test::run(&flags),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

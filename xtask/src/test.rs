@@ -1,0 +1,154 @@
+//! `cargo xtask test`: set-up, format, lints, documentation, and all tests by tier.
+//!
+//! A step that fails does not stop those after it: one run shows everything that is wrong. A tier
+//! whose needs are not met fails with a clear word; nothing is skipped in silence.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+use crate::kube_bins;
+use crate::setup::{self, Scope};
+use crate::shell::{cargo, root, run as sh, say, target};
+
+/// Every file of `tests/tests`, by what it needs. To add a suite, name its file here.
+const SUITES: &[(Tier, &str)] = &[(Tier::Kernel, "check")];
+
+/// What a step needs, and so when it can run.
+#[derive(clap::ValueEnum, Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Tier {
+    /// Format, lints, documentation, unit tests: no privilege
+    Unit,
+    /// The program against nasty peers over loopback: no privilege
+    Contract,
+    /// Namespaces and kernel programs: root
+    Kernel,
+    /// A real API server: its programs, and root
+    Kube,
+    /// Everything
+    All,
+}
+
+/// The flags of `test`.
+#[derive(clap::Args)]
+pub struct Flags {
+    /// Which tests
+    #[arg(long, value_enum, default_value = "all")]
+    tier: Tier,
+}
+
+/// What happened to each step.
+#[derive(Default)]
+struct Report {
+    steps: Vec<(String, Duration, Result<()>)>,
+}
+
+/// The verb.
+///
+/// # Errors
+/// At least one step failed.
+pub fn run(flags: &Flags) -> Result<()> {
+    let begun = Instant::now();
+    let wants = |tier: Tier| flags.tier == Tier::All || flags.tier == tier;
+    let mut report = Report::default();
+    let scope = if wants(Tier::Kube) { Scope::Tests } else { Scope::Demo };
+    report.step("setup", || setup::ensure_all(scope));
+    if wants(Tier::Unit) {
+        unit(&mut report);
+    }
+    report.step("every suite has a tier", every_suite_has_a_tier);
+    if [Tier::Contract, Tier::Kernel, Tier::Kube].into_iter().any(wants) {
+        report.step("build the program", || sh(&mut cargo(&["build", "--package", "proxy"])));
+    }
+    for &(tier, suite) in SUITES.iter().filter(|(tier, _)| wants(*tier)) {
+        report.step(&format!("suite {suite}"), || run_suite(tier, suite));
+    }
+    report.end(begun.elapsed())
+}
+
+fn unit(report: &mut Report) {
+    let steps: [(&str, &[&str]); 4] = [
+        ("format", &["fmt", "--all", "--check"]),
+        ("lints", &["clippy", "--all-targets", "--", "-D", "warnings"]),
+        ("documentation", &["doc", "--no-deps"]),
+        ("unit tests", &["test", "-p", "proxy", "-p", "proxy-common", "-p", "xtask"]),
+    ];
+    for (name, args) in steps {
+        let mut command = cargo(args);
+        if name == "documentation" {
+            command.env("RUSTDOCFLAGS", "-D warnings");
+        }
+        report.step(name, || sh(&mut command));
+    }
+}
+
+/// A suite that nobody runs proves nothing.
+fn every_suite_has_a_tier() -> Result<()> {
+    let folder = root().join("tests/tests");
+    let mut found = BTreeSet::new();
+    for entry in fs::read_dir(&folder).into_iter().flatten() {
+        let path = entry?.path();
+        // As cargo finds them: a file, or a folder with a main.rs.
+        if path.extension().is_some_and(|extension| extension == "rs")
+            || path.join("main.rs").exists()
+        {
+            found.extend(path.file_stem().map(|stem| stem.to_string_lossy().into_owned()));
+        }
+    }
+    let listed: BTreeSet<String> = SUITES.iter().map(|(_, suite)| (*suite).to_owned()).collect();
+    let differing: Vec<_> = found.symmetric_difference(&listed).cloned().collect();
+    ensure!(
+        differing.is_empty(),
+        "xtask/src/test.rs and tests/tests differ in: {}",
+        differing.join(", ")
+    );
+    Ok(())
+}
+
+fn run_suite(tier: Tier, suite: &str) -> Result<()> {
+    let mut command = cargo(&["test", "--package", "proxy-tests", "--test", suite]);
+    command.env("STEWARD_TCP_PROXY_BIN", target().join("debug/steward-tcp-proxy"));
+    meet_needs(tier, &mut command)?;
+    sh(&mut command)
+}
+
+fn meet_needs(tier: Tier, command: &mut Command) -> Result<()> {
+    if matches!(tier, Tier::Kernel | Tier::Kube) && !rustix::process::geteuid().is_root() {
+        bail!("this tier makes network namespaces and loads kernel programs: run it as root");
+    }
+    if tier == Tier::Kube {
+        let folder = kube_bins::ensure().context("this tier runs a real API server")?;
+        command.env("STEWARD_KUBE_BINS", folder);
+    }
+    Ok(())
+}
+
+impl Report {
+    fn step(&mut self, name: &str, work: impl FnOnce() -> Result<()>) {
+        say(&format!("--- {name}"));
+        let begun = Instant::now();
+        let outcome = work();
+        let took = begun.elapsed();
+        match &outcome {
+            Ok(()) => say(&format!("--- {name}: ok, {:.1} s", took.as_secs_f64())),
+            Err(failure) => say(&format!("--- {name}: FAILED: {failure:#}")),
+        }
+        self.steps.push((name.to_owned(), took, outcome));
+    }
+
+    fn end(self, took: Duration) -> Result<()> {
+        println!("{:<28} {:>8}  result", "step", "seconds");
+        let mut failed = Vec::new();
+        for (name, took, outcome) in self.steps {
+            let word = if outcome.is_ok() { "ok" } else { "FAILED" };
+            println!("{name:<28} {:>8.1}  {word}", took.as_secs_f64());
+            failed.extend(outcome.err().map(|failure| format!("{name} ({failure:#})")));
+        }
+        println!("{:<28} {:>8.1}", "all", took.as_secs_f64());
+        ensure!(failed.is_empty(), "failed: {}", failed.join("; "));
+        Ok(())
+    }
+}
