@@ -224,23 +224,9 @@ fn is_at_rest(server: &ApiServer, proxy: &Proxy, names: &[&str]) -> Result<()> {
     Ok(())
 }
 
-#[test]
-fn with_stewards_role_the_slice_is_created_and_every_drift_repaired() -> Result<()> {
-    let server = ApiServer::start(Options::default())?;
-    let kubeconfig = credentials(&server, STEWARD_RULES)?;
-    let proxy = Proxy::start(&server, &kubeconfig, "10.0.0.7", &["--reconcile-interval=1s"])?;
-    await_addresses(&server, &proxy, "kubernetes", &["10.0.0.7"])?;
-    let right = content(&slice(&server, "kubernetes")?.context("the slice")?);
-    assert_eq!(
-        right["metadata"]["labels"],
-        json!({ "kubernetes.io/service-name": "kubernetes",
-                "endpointslice.kubernetes.io/managed-by": "steward-tcp-proxy" })
-    );
-    assert_eq!(right["ports"], json!([{ "name": "https", "port": 6443, "protocol": "TCP" }]));
-    is_at_rest(&server, &proxy, &["kubernetes"])?;
-
-    let name = "endpointslice/kubernetes";
-    let drifts = [
+/// Patches that spoil one field each.
+fn slice_drifts() -> [(&'static str, Value); 9] {
+    [
         (
             "service label",
             json!({ "metadata": { "labels": { "kubernetes.io/service-name": null } } }),
@@ -265,8 +251,26 @@ fn with_stewards_role_the_slice_is_created_and_every_drift_repaired() -> Result<
             json!({ "ports": [
             { "name": "https", "port": 6443, "protocol": "TCP" }, { "name": "x", "port": 1 }] }),
         ),
-    ];
-    for (what, drift) in drifts {
+    ]
+}
+
+#[test]
+fn with_stewards_role_the_slice_is_created_and_every_drift_repaired() -> Result<()> {
+    let server = ApiServer::start(Options::default())?;
+    let kubeconfig = credentials(&server, STEWARD_RULES)?;
+    let proxy = Proxy::start(&server, &kubeconfig, "10.0.0.7", &["--reconcile-interval=1s"])?;
+    await_addresses(&server, &proxy, "kubernetes", &["10.0.0.7"])?;
+    let right = content(&slice(&server, "kubernetes")?.context("the slice")?);
+    assert_eq!(
+        right["metadata"]["labels"],
+        json!({ "kubernetes.io/service-name": "kubernetes",
+                "endpointslice.kubernetes.io/managed-by": "steward-tcp-proxy" })
+    );
+    assert_eq!(right["ports"], json!([{ "name": "https", "port": 6443, "protocol": "TCP" }]));
+    is_at_rest(&server, &proxy, &["kubernetes"])?;
+
+    let name = "endpointslice/kubernetes";
+    for (what, drift) in slice_drifts() {
         patch(&server, name, "merge", &drift)?;
         eventually(what, &[&proxy], || {
             Ok(slice(&server, "kubernetes")?.is_some_and(|slice| content(&slice) == right))

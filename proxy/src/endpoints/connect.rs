@@ -46,6 +46,8 @@ async fn try_client(config: &EndpointConfig) -> Result<Client, NoClient> {
     // A watch is never silent for longer, as it is renewed every minute.
     settings.read_timeout = Some(SILENCE);
     settings.reset_reader_on_write = true;
+    // We have our own pauses, and bound each answer; hidden tries would use up that time.
+    settings.default_retry = false;
     Ok(Client::try_from(settings)?)
 }
 

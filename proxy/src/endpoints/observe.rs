@@ -128,7 +128,7 @@ impl<K: Resource<DynamicType = ()> + Clone> Store<K> {
 /// compared as numbers only since 1.35, but all servers with etcd behind them always did.
 fn is_newer<K: ResourceExt>(known: &K, other: &K) -> bool {
     let version = |object: &K| object.resource_version()?.parse::<u64>().ok();
-    known.uid() == other.uid() && version(known) > version(other)
+    version(known) > version(other)
 }
 
 /// All that is seen.

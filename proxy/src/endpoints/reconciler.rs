@@ -157,9 +157,13 @@ impl<L: Leave> Reconciler<L> {
         let ours = matches!(&seen, Seen::Slice(Ok(Event::Apply(_) | Event::Delete(_))));
         let (what, health) = match seen {
             Seen::Service(news) => ("the Service default/kubernetes", observed.service.take(news)),
-            Seen::Slice(news) => ("its EndpointSlices", observed.slices.take(news)),
+            Seen::Slice(news) => {
+                ("EndpointSlices of default/kubernetes", observed.slices.take(news))
+            }
             Seen::OwnService(news) => ("our own Service", observed.own_service.take(news)),
-            Seen::OwnSlice(news) => ("our own EndpointSlices", observed.own_slices.take(news)),
+            Seen::OwnSlice(news) => {
+                ("EndpointSlices of our own Service", observed.own_slices.take(news))
+            }
             Seen::Endpoints(news) => return self.take_endpoints(news),
         };
         match health {
@@ -464,16 +468,8 @@ impl<L: Leave> Reconciler<L> {
         let rival = describe_rival(by);
         self.metrics.endpoint_rival.set(1);
         warn!(%rival, undone, "{subject} keeps being undone; from now on trying only seldom");
-        let advice = match by {
-            "kube-apiserver" => " Start the API server with --endpoint-reconciler-type=none.",
-            _ => "",
-        };
-        let message = format!(
-            "{rival} has undone {undone} writes of {subject} lately, so they are repeated only \
-             seldom and clients may not reach the API server through this proxy.{advice}"
-        );
         let service = self.observed.service.objects().get(content::NAME);
-        if let Err(trouble) = report::rival(&self.client, service, subject, message).await {
+        if let Err(trouble) = report::rival(&self.client, service, subject, by, undone).await {
             debug!(error = %trouble, "cannot write the Event");
         }
     }

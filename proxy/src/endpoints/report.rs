@@ -9,6 +9,7 @@ use kube::{Client, ResourceExt};
 use super::content::{NAME, NAMESPACE};
 use super::observe::api;
 use super::ownership::MANAGER;
+use super::pace::describe_rival;
 use super::plan::Subject;
 use super::trouble::{Trouble, in_time};
 
@@ -48,14 +49,28 @@ fn event(service: Option<&Service>, subject: &Subject, message: String) -> Event
     }
 }
 
+/// What happened, what follows from it and, where we know, what to do about it.
+fn message(subject: &Subject, by: &str, undone: usize) -> String {
+    let rival = describe_rival(by);
+    let advice = match by {
+        "kube-apiserver" => " Start the API server with --endpoint-reconciler-type=none.",
+        _ => "",
+    };
+    format!(
+        "{rival} has undone {undone} writes of {subject} lately, so they are repeated only seldom \
+         and clients may not reach the API server through this proxy.{advice}"
+    )
+}
+
 /// Writes the Event; one of the same subject is brought up to date.
 pub(super) async fn rival(
     client: &Client,
     service: Option<&Service>,
     subject: &Subject,
-    message: String,
+    by: &str,
+    undone: usize,
 ) -> Result<(), Trouble> {
-    let event = event(service, subject, message);
+    let event = event(service, subject, message(subject, by, undone));
     let name = event.name_any();
     let params = PatchParams::apply(MANAGER).force();
     in_time(api::<Event>(client, NAMESPACE).patch(&name, &params, &Patch::Apply(&event)))

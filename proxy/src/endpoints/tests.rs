@@ -2,6 +2,7 @@
 //! time.
 
 mod content;
+mod desired;
 mod fake;
 mod faults;
 mod harness;
