@@ -10,6 +10,7 @@ mod connect;
 mod content;
 mod desired;
 mod observe;
+mod outcome;
 mod ownership;
 mod pace;
 mod plan;

@@ -45,6 +45,8 @@ pub(super) struct Desired {
     pub families: Vec<Published>,
     /// The family whose slice is named like the Service, and which `Endpoints` hold.
     pub primary: Option<Family>,
+    /// Entries beyond [`LIMIT`].
+    pub left_out: usize,
     /// There is an address that may be published once we are ready to serve.
     pub waits: bool,
 }
@@ -64,7 +66,9 @@ pub(super) fn desired(
         EndpointMode::ClusterIp => cluster_ips(view, known, ready),
         EndpointMode::Off => (BTreeMap::new(), false),
     };
+    let mut left_out = 0;
     for published in wanted.values_mut() {
+        left_out += published.entries.len().saturating_sub(LIMIT);
         published.entries.truncate(LIMIT);
     }
     let families = service_families(view.service);
@@ -74,7 +78,7 @@ pub(super) fn desired(
         // None of the Service's families: better an address of the other than none at all.
         published.extend(wanted.into_values());
     }
-    Desired { primary: order.first().copied(), families: published, waits }
+    Desired { primary: order.first().copied(), families: published, left_out, waits }
 }
 
 /// The families of `default/kubernetes`, primary first; empty if it is not seen.

@@ -16,6 +16,7 @@ use super::address::Family;
 use super::content;
 use super::desired::{Desired, Known, desired};
 use super::observe::{Health, News, Observed, SELDOM, Seen, watches};
+use super::outcome::{Outcome, Progress, Round};
 use super::pace::{Pace, Verdict, describe_rival};
 use super::plan::{Action, Found, Legacy, Plan, Step, Subject, plan};
 use super::report;
@@ -42,36 +43,6 @@ pub(super) trait Leave {
     fn granted(&self) -> impl Future<Output = bool> + Send;
 }
 
-/// How a pass ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Outcome {
-    /// All is as it should be.
-    Unchanged,
-    /// Something was written, and all is as it should be.
-    Changed,
-    /// No address is known, or none that may be published yet.
-    Waiting,
-    /// Another replica may write the same, or a pause has not ended.
-    Deferred,
-    /// A rival undoes our writes.
-    Rival,
-    /// Something could not be written.
-    Failed(&'static str),
-}
-
-impl Outcome {
-    fn as_label(self) -> &'static str {
-        match self {
-            Self::Unchanged => "unchanged",
-            Self::Changed => "changed",
-            Self::Waiting => "waiting",
-            Self::Deferred => "deferred",
-            Self::Rival => "rival",
-            Self::Failed(why) => why,
-        }
-    }
-}
-
 /// All the state of the loop.
 pub(super) struct Reconciler<L> {
     config: EndpointConfig,
@@ -92,6 +63,10 @@ pub(super) struct Reconciler<L> {
     waits: bool,
     /// What [`Leave`] said last.
     granted: bool,
+    /// The last pass found nothing to publish, and that was said.
+    said_waiting: bool,
+    /// Endpoints beyond what a slice may hold, as last said.
+    said_left_out: usize,
 }
 
 impl<L: Leave> Reconciler<L> {
@@ -116,6 +91,8 @@ impl<L: Leave> Reconciler<L> {
             next_full: Instant::now(),
             waits: false,
             granted: false,
+            said_waiting: false,
+            said_left_out: 0,
         }
     }
 
@@ -141,6 +118,7 @@ impl<L: Leave> Reconciler<L> {
             if self.observed.suffices(self.config.mode) {
                 let outcome = self.pass().await;
                 self.metrics.reconciles.with_label_values(&[outcome.as_label()]).inc();
+                self.explain(outcome);
             }
         }
     }
@@ -150,6 +128,23 @@ impl<L: Leave> Reconciler<L> {
         let leave = self.waits.then(|| now + LEAVE_POLL);
         let times = [self.courtesy, self.pace.next_change(now), leave];
         times.into_iter().flatten().fold(self.next_full.max(now), Instant::min)
+    }
+
+    /// Says once why nothing is published.
+    fn explain(&mut self, outcome: Outcome) {
+        let waiting = outcome == Outcome::Waiting;
+        if waiting && !std::mem::replace(&mut self.said_waiting, waiting) {
+            let why = match (self.waits, self.config.pod_ip) {
+                (true, _) => "this process is not ready to serve yet",
+                (false, _) if self.config.mode == EndpointMode::ClusterIp => {
+                    "our Service has no ClusterIP"
+                }
+                (false, None) => "our Service has no ready endpoint, and POD_IP is not set",
+                (false, Some(_)) => "neither our Service nor POD_IP has an address to publish",
+            };
+            info!(service = self.config.service_name, "nothing is published yet: {why}");
+        }
+        self.said_waiting = waiting;
     }
 
     fn take(&mut self, seen: Seen) {
@@ -258,6 +253,9 @@ impl<L: Leave> Reconciler<L> {
         self.granted = self.would_publish(false).waits && self.leave.granted().await;
         let wanted = self.would_publish(self.granted);
         self.waits = wanted.waits;
+        if std::mem::replace(&mut self.said_left_out, wanted.left_out) != wanted.left_out {
+            warn!(left_out = wanted.left_out, "more endpoints than one EndpointSlice may hold");
+        }
         wanted
     }
 
@@ -473,21 +471,4 @@ impl<L: Leave> Reconciler<L> {
             debug!(error = %trouble, "cannot write the Event");
         }
     }
-}
-
-/// How a round of writes ended.
-enum Round {
-    /// All was written.
-    Wrote,
-    /// An object was not as we saw it; it has been fetched.
-    Stale(Subject, Trouble),
-    /// No more to be done in this pass.
-    Over(Outcome),
-}
-
-/// How one write ended.
-enum Progress {
-    Done,
-    Stale(Trouble),
-    Failed(&'static str),
 }

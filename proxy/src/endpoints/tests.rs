@@ -6,5 +6,6 @@ mod desired;
 mod fake;
 mod faults;
 mod harness;
+mod lifetime;
 mod replicas;
 mod rivals;

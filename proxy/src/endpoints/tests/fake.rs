@@ -352,8 +352,9 @@ impl State {
 
     fn patch(&mut self, call: &Call, name: &str, old: Option<Value>) -> Result<Value, Refusal> {
         let wanted_version = &call.body["metadata"]["resourceVersion"];
-        if !wanted_version.is_null()
-            && old.as_ref().is_none_or(|old| old["metadata"]["resourceVersion"] != *wanted_version)
+        // As the real one does: applied with a version, an object that is not there is created.
+        if let Some(old) = old.as_ref().filter(|_| !wanted_version.is_null())
+            && old["metadata"]["resourceVersion"] != *wanted_version
         {
             return Err(stale(name));
         }
