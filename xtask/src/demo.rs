@@ -66,6 +66,7 @@ pub fn run(flags: &Flags) -> Result<()> {
         let runtime = Runtime::new()?;
         let outcome = runtime.block_on(bounded(show.run()));
         runtime.shutdown_timeout(Duration::from_secs(1));
+        lab::reap();
         outcome
     })?
 }

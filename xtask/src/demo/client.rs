@@ -33,7 +33,7 @@ pub struct Meter {
 }
 
 /// Such counts at one moment.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Moved {
     /// Connections opened.
     pub connections: u64,

@@ -13,9 +13,10 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::process::{Command, Stdio};
 use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
-use rustix::process::{Signal, getpid, getppid, set_parent_process_death_signal};
+use rustix::process::{Signal, WaitOptions, getpid, getppid, set_parent_process_death_signal};
 use rustix::thread::{UnshareFlags, gettid, unshare_unsafe};
 use tokio::process::Child;
 use tokio::runtime::Handle;
@@ -55,10 +56,19 @@ pub struct Plan {
     pub server: IpAddr,
     /// The server's port; 0 for any.
     pub server_port: u16,
-    /// The proxy's `--listen-addr`.
-    pub listen: &'static str,
-    /// The proxy's `--admin-addr`.
-    pub admin: &'static str,
+    /// The address of the first proxy's `--listen-addr`, and its port; 0 for any.
+    listen: (&'static str, u16),
+    /// The port of its `--admin-addr`; 0 for any.
+    admin: u16,
+}
+
+impl Plan {
+    /// `--listen-addr` and `--admin-addr` of one of several proxies.
+    pub fn listen(&self, index: u16) -> (String, String) {
+        let port = |first: u16| if first == 0 { 0 } else { first + index };
+        let (address, first) = self.listen;
+        (format!("{address}:{}", port(first)), format!("127.0.0.1:{}", port(self.admin)))
+    }
 }
 
 /// From 198.18.0.0/15, which is set aside for such tests.
@@ -66,16 +76,16 @@ const NAMESPACES: Plan = Plan {
     node: IpAddr::V4(Ipv4Addr::new(198, 18, 1, 1)),
     server: IpAddr::V4(Ipv4Addr::new(198, 18, 2, 2)),
     server_port: 6443,
-    listen: ":6443",
-    admin: "127.0.0.1:6480",
+    listen: ("", 6443),
+    admin: 6480,
 };
 
 const LOOPBACK: Plan = Plan {
     node: IpAddr::V4(Ipv4Addr::LOCALHOST),
     server: IpAddr::V4(Ipv4Addr::LOCALHOST),
     server_port: 0,
-    listen: "127.0.0.1:0",
-    admin: "127.0.0.1:0",
+    listen: ("127.0.0.1", 0),
+    admin: 0,
 };
 
 impl Lab {
@@ -234,4 +244,16 @@ pub fn spawn_here(mut command: tokio::process::Command) -> Result<Child> {
     command.kill_on_drop(true).process_group(0).stdin(Stdio::null());
     let program = command.as_std().get_program().to_string_lossy().into_owned();
     command.spawn().with_context(|| format!("cannot start {program}"))
+}
+
+/// Collects what has ended of the processes that were started here, and waits a moment for the
+/// rest: in a container there may be no one else to do so.
+pub fn reap() {
+    for _ in 0..100 {
+        while let Ok(Some(_)) = rustix::process::wait(WaitOptions::NOHANG) {}
+        if rustix::process::wait(WaitOptions::NOHANG).is_err() {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
 }

@@ -17,7 +17,7 @@ use super::payload::Check;
 use super::standin;
 
 /// Bytes of one bulk transfer; a load makes many of them.
-const BULK: u64 = 16 << 20;
+const BULK: u64 = 8 << 20;
 
 /// How long requests took, and how many there were.
 #[derive(Debug, Clone)]
@@ -28,8 +28,21 @@ pub struct Times {
 }
 
 impl Times {
-    fn start() -> Result<Self> {
+    /// None yet.
+    ///
+    /// # Errors
+    /// Never: the precision is one that histograms have.
+    pub fn start() -> Result<Self> {
         Ok(Self { histogram: Histogram::new(3)?, elapsed: Duration::ZERO })
+    }
+
+    /// Those of a further round.
+    ///
+    /// # Errors
+    /// Never: histograms grow.
+    pub fn add(&mut self, round: &Self) -> Result<()> {
+        self.elapsed += round.elapsed;
+        Ok(self.histogram.add(&round.histogram)?)
     }
 
     fn note(&mut self, nanoseconds: u64) -> Result<()> {
@@ -39,8 +52,9 @@ impl Times {
     fn sum(parts: Vec<Self>, elapsed: Duration) -> Result<Self> {
         let mut all = Self::start()?;
         for part in parts {
-            all.histogram.add(part.histogram)?;
+            all.add(&part)?;
         }
+        // They were taken at the same time.
         Ok(Self { elapsed, ..all })
     }
 
@@ -63,7 +77,7 @@ impl Times {
 }
 
 /// How much was moved in which time.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 pub struct Volume {
     /// Bytes without HTTP and TLS.
     pub bytes: u64,
@@ -71,6 +85,12 @@ pub struct Volume {
 }
 
 impl Volume {
+    /// That of a further round.
+    pub fn add(&mut self, round: Self) {
+        self.bytes += round.bytes;
+        self.elapsed += round.elapsed;
+    }
+
     /// Gbit/s.
     #[expect(clippy::cast_precision_loss, reason = "counts are far below 2^52")]
     pub fn gbit_per_second(&self) -> f64 {

@@ -16,7 +16,7 @@ use tokio::time::{sleep, timeout};
 
 use super::client::Moved;
 use super::curl;
-use super::lab::{Host, Plan};
+use super::lab::Host;
 
 /// For whatever takes a moment only.
 const SOON: Duration = Duration::from_secs(5);
@@ -27,8 +27,8 @@ const KEPT_LINES: usize = 12;
 /// A running proxy.
 #[derive(Debug)]
 pub struct Relay {
-    /// The engine that it was told to use.
-    pub engine: &'static str,
+    /// What it was told to use.
+    engine: &'static str,
     /// Where clients are accepted.
     pub listening: SocketAddr,
     admin: SocketAddr,
@@ -37,7 +37,7 @@ pub struct Relay {
 }
 
 /// What its metrics say.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 pub struct Counts {
     /// Bytes and connections so far.
     pub moved: Moved,
@@ -55,16 +55,16 @@ impl Relay {
     pub async fn start(
         binary: &Path,
         node: &Host,
-        plan: &Plan,
+        (listen, admin): (String, String),
         upstream: SocketAddr,
         engine: &'static str,
     ) -> Result<Self> {
         let mut command = Command::new(binary);
         command.args([
-            format!("--listen-addr={}", plan.listen),
+            format!("--listen-addr={listen}"),
             format!("--upstream-addr={upstream}"),
             "--endpoint-mode=off".to_owned(),
-            format!("--admin-addr={}", plan.admin),
+            format!("--admin-addr={admin}"),
             format!("--engine={engine}"),
             "--log-format=json".to_owned(),
         ]);

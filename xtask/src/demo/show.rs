@@ -21,33 +21,37 @@ use super::curl;
 use super::lab::{Host, Plan, spawn_here};
 use super::load::{self, Direction};
 use super::progress::Progress;
-use super::relay::Relay;
+use super::relay::{Counts, Relay};
 use super::standin;
 use super::table::{self, Row};
 
 /// The engines shown, beside direct.
 const ENGINES: [&str; 2] = ["splice", "copy"];
 
-/// Steps of each way, and those that only a proxy has.
-const STEPS: (usize, usize) = (6, 3);
+/// Every load is done this often each way, in turns, so that whatever else the machine does hits
+/// all of them alike.
+const ROUNDS: usize = 3;
 
-/// Connections of the requests that keep theirs, and how long they go on.
-const KEEP_ALIVE: (usize, Duration) = (16, Duration::from_secs(3));
+/// Connections of the requests that keep theirs, and how long a round is.
+const KEEP_ALIVE: (usize, Duration) = (16, Duration::from_millis(1000));
 
 /// Clients that open a connection per request.
-const NEW_CONNECTIONS: (usize, Duration) = (4, Duration::from_secs(2));
+const NEW_CONNECTIONS: (usize, Duration) = (4, Duration::from_millis(700));
 
-/// Connections of bulk transfers, each way.
-const BULK: (usize, Duration) = (4, Duration::from_millis(1500));
+/// Connections of bulk transfers, each direction.
+const BULK: (usize, Duration) = (4, Duration::from_millis(500));
 
 /// Watches, and how many events each gets; an event comes every 100 ms.
-const WATCHES: (usize, u64) = (10, 25);
+const WATCHES: (usize, u64) = (10, 8);
 
 /// Events of the watch that goes on while the proxy drains.
 const LAST_EVENTS: u64 = 8;
 
-/// A slow machine may take several times as long as a step is meant to.
-const STEP_LIMIT: Duration = Duration::from_secs(20);
+/// Of [`Show::run`].
+const STEPS: usize = 9;
+
+/// Far more than a step takes on a slow machine.
+const STEP_LIMIT: Duration = Duration::from_secs(40);
 
 /// For whatever takes a moment only.
 const SOON: Duration = Duration::from_secs(5);
@@ -77,6 +81,14 @@ struct Server {
     _process: Child,
 }
 
+/// A way from client to server, and what was measured on it.
+struct Way {
+    to: Target,
+    row: Row,
+    /// Unless direct: the proxy on the way, and its counts before the loads.
+    relay: Option<(Relay, Counts)>,
+}
+
 impl Show {
     /// From the first byte to the table.
     ///
@@ -84,17 +96,48 @@ impl Show {
     /// The first thing that is not as it must be.
     pub async fn run(self) -> Result<()> {
         let begun = Instant::now();
-        let steps = STEPS.0 + (STEPS.0 + STEPS.1) * ENGINES.len();
-        let mut progress = Progress::new(steps);
-        let server = self.start_server().await.context("the API server's stand-in")?;
-        let mut rows = vec![direct(&mut progress, &server).await?];
-        for engine in ENGINES {
-            rows.push(self.through(&mut progress, engine, &server).await?);
+        let mut progress = Progress::new(STEPS);
+        let title = format!("start: HTTPS server, proxies with {}", ENGINES.join(", "));
+        let (server, mut ways) = progress.step(&title, STEP_LIMIT, self.start()).await?;
+        let work = self.greet(&server, &mut ways);
+        for line in progress.step("curl, each way", STEP_LIMIT, work).await? {
+            progress.tell(&line);
         }
+        measure_times(&mut progress, &mut ways).await?;
+        measure_bulk(&mut progress, &mut ways).await?;
+        let work = self.verify(&mut ways);
+        progress.step("the proxies' counts against their clients'", STEP_LIMIT, work).await?;
+        let (ends, rows): (Vec<_>, Vec<_>) =
+            ways.into_iter().map(|way| ((way.to, way.relay), way.row)).unzip();
+        let work = async {
+            for (to, relay) in ends {
+                if let Some((relay, _)) = relay {
+                    drain(relay, &to).await?;
+                }
+            }
+            Ok(())
+        };
+        progress.step("SIGTERM to each proxy, during a watch", STEP_LIMIT, work).await?;
         progress.tell(&format!("demo: done in {:.0} s", begun.elapsed().as_secs_f64()));
         drop(progress);
         tell(&rows);
         Ok(())
+    }
+
+    async fn start(&self) -> Result<(Server, Vec<Way>)> {
+        let server = self.start_server().await.context("the API server's stand-in")?;
+        let to = Target::new(server.address, &server.ca)?;
+        let mut ways = vec![Way { to, row: Row::new("direct")?, relay: None }];
+        for (index, engine) in (0..).zip(ENGINES) {
+            let listen = self.plan.listen(index);
+            let relay = Relay::start(&self.proxy, &self.node, listen, server.address, engine);
+            let relay = relay.await.context(engine)?;
+            let address = SocketAddr::new(self.plan.node, relay.listening.port());
+            let to = Target::new(address, &server.ca)?;
+            let relay = Some((relay, Counts::default()));
+            ways.push(Way { to, row: Row::new(engine)?, relay });
+        }
+        Ok((server, ways))
     }
 
     async fn start_server(&self) -> Result<Server> {
@@ -112,78 +155,85 @@ impl Show {
         Ok(Server { address, ca, ca_file, _process: process })
     }
 
-    /// All loads through a proxy, and what is checked of the proxy itself.
-    async fn through(
-        &self,
-        progress: &mut Progress,
-        engine: &'static str,
-        server: &Server,
-    ) -> Result<Row> {
-        let start = Relay::start(&self.proxy, &self.node, &self.plan, server.address, engine);
-        let relay = progress.step(&format!("{engine}: start"), STEP_LIMIT, start).await?;
-        let address = SocketAddr::new(self.plan.node, relay.listening.port());
-        let to = Target::new(address, &server.ca)?;
-        greet(progress, engine, &to, server).await?;
-        // curl's bytes are in it, which nobody else counts.
-        let before = relay.quiet(&self.node).await?;
-        let row = measure(progress, engine, &to).await?;
-        let check = relay.verify(&self.node, before, row.moved);
-        progress.step(&format!("{engine}: compare byte counts"), STEP_LIMIT, check).await?;
-        let end = drain(relay, &to);
-        progress.step(&format!("{engine}: SIGTERM during a watch"), STEP_LIMIT, end).await?;
-        Ok(row)
+    /// curl asks for the version, by the name in the certificate, each way. Answers what it did.
+    async fn greet(&self, server: &Server, ways: &mut [Way]) -> Result<Vec<String>> {
+        let url = format!("https://{}/version", standin::NAME);
+        let ca_file = server.ca_file.path().to_string_lossy();
+        let mut lines = Vec::new();
+        for way in ways {
+            let connect_to = format!("::{}", way.to.address);
+            let curl = curl::command(&["--cacert", &ca_file, "--connect-to", &connect_to, &url])?;
+            let answer = curl::output(spawn_here(curl)?).await.context(way.row.way)?;
+            ensure!(answer.trim_end() == standin::VERSION, "{}: answer {answer}", way.row.way);
+            lines.push(format!("demo: {}: curl --connect-to {connect_to} {url}: ok", way.row.way));
+            if let Some((relay, before)) = &mut way.relay {
+                // curl's bytes are in it, which nobody else counts.
+                *before = relay.quiet(&self.node).await?;
+            }
+        }
+        Ok(lines)
+    }
+
+    async fn verify(&self, ways: &mut [Way]) -> Result<()> {
+        for way in ways {
+            way.row.moved = way.to.meter.read();
+            if let Some((relay, before)) = &way.relay {
+                let compared = relay.verify(&self.node, *before, way.row.moved);
+                compared.await.context(way.row.way)?;
+            }
+        }
+        Ok(())
     }
 }
 
-/// The same loads past the proxy; the node does no more than route them.
-async fn direct(progress: &mut Progress, server: &Server) -> Result<Row> {
-    let to = Target::new(server.address, &server.ca)?;
-    greet(progress, "direct", &to, server).await?;
-    measure(progress, "direct", &to).await
-}
-
-/// curl asks for the version, by the name in the certificate.
-async fn greet(progress: &mut Progress, way: &str, to: &Target, server: &Server) -> Result<()> {
-    let (port, address) = (server.address.port(), to.address);
-    let url = format!("https://{}:{port}/version", standin::NAME);
-    let connect_to = format!("::{address}");
-    let ca_file = server.ca_file.path().to_string_lossy();
-    let work = async {
-        let curl = curl::command(&["--cacert", &ca_file, "--connect-to", &connect_to, &url])?;
-        let answer = curl::output(spawn_here(curl)?).await?;
-        ensure!(answer.trim_end() == standin::VERSION, "unexpected answer: {answer}");
-        Ok(())
-    };
-    progress.step(&format!("{way}: curl {url}"), STEP_LIMIT, work).await?;
-    progress.tell(&format!("demo: {way}: curl --connect-to {connect_to} {url} was answered"));
+/// One load, each way, round by round.
+async fn in_turns<T>(
+    ways: &mut [Way],
+    load: impl AsyncFn(&Target) -> Result<T>,
+    note: impl Fn(&mut Row, T) -> Result<()>,
+) -> Result<()> {
+    for _ in 0..ROUNDS {
+        for way in &mut *ways {
+            let measured = load(&way.to).await.context(way.row.way)?;
+            note(&mut way.row, measured)?;
+        }
+    }
     Ok(())
 }
 
-async fn measure(progress: &mut Progress, way: &'static str, to: &Target) -> Result<Row> {
-    let name = |load: &str| format!("{way}: {load}");
+async fn measure_times(progress: &mut Progress, ways: &mut [Way]) -> Result<()> {
     let (connections, time) = KEEP_ALIVE;
-    let title = name(&format!("requests on {connections} connections"));
-    let work = load::keep_alive(to, connections, time);
-    let requests = progress.step(&title, STEP_LIMIT, work).await?;
+    let title = format!("requests on {connections} connections, each way in turns");
+    let load = async |to: &Target| load::keep_alive(to, connections, time).await;
+    let work = in_turns(ways, load, |row, times| row.requests.add(&times));
+    progress.step(&title, STEP_LIMIT, work).await?;
 
     let (clients, time) = NEW_CONNECTIONS;
-    let title = name(&format!("{clients} clients, a connection per request"));
-    let work = load::new_connections(to, clients, time);
-    let fresh = progress.step(&title, STEP_LIMIT, work).await?;
+    let title = format!("{clients} clients with a new connection per request, in turns");
+    let load = async |to: &Target| load::new_connections(to, clients, time).await;
+    let work = in_turns(ways, load, |row, times| row.fresh.add(&times));
+    progress.step(&title, STEP_LIMIT, work).await?;
 
-    let (watchers, count) = WATCHES;
-    let title = name(&format!("{watchers} watches"));
-    let work = load::watch(to, watchers, count, Arc::default());
-    let events = progress.step(&title, STEP_LIMIT, work).await?;
+    let (watchers, events) = WATCHES;
+    let title = format!("{watchers} watches, in turns");
+    let load = async |to: &Target| load::watch(to, watchers, events, Arc::default()).await;
+    let work = in_turns(ways, load, |row, times| row.events.add(&times));
+    progress.step(&title, STEP_LIMIT, work).await
+}
 
+async fn measure_bulk(progress: &mut Progress, ways: &mut [Way]) -> Result<()> {
     let (connections, time) = BULK;
-    let title = name(&format!("download on {connections} connections"));
-    let work = load::bulk(to, Direction::Down, connections, time);
-    let down = progress.step(&title, STEP_LIMIT, work).await?;
-    let title = name(&format!("upload on {connections} connections"));
-    let work = load::bulk(to, Direction::Up, connections, time);
-    let up = progress.step(&title, STEP_LIMIT, work).await?;
-    Ok(Row { way, moved: to.meter.read(), requests, fresh, down, up, events })
+    for (direction, name) in [(Direction::Down, "download"), (Direction::Up, "upload")] {
+        let title = format!("{name} on {connections} connections, in turns");
+        let load = async |to: &Target| load::bulk(to, direction, connections, time).await;
+        let work = in_turns(ways, load, |row, volume| {
+            let sum = if direction == Direction::Down { &mut row.down } else { &mut row.up };
+            sum.add(volume);
+            Ok(())
+        });
+        progress.step(&title, STEP_LIMIT, work).await?;
+    }
+    Ok(())
 }
 
 /// SIGTERM while a watch goes on: new clients are refused, the watch goes on to its last event,

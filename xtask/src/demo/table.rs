@@ -1,5 +1,7 @@
 //! The table at the end.
 
+use anyhow::Result;
+
 use super::client::Moved;
 use super::load::{Times, Volume};
 
@@ -20,6 +22,24 @@ pub struct Row {
     pub up: Volume,
     /// Events of watches.
     pub events: Times,
+}
+
+impl Row {
+    /// Nothing measured yet.
+    ///
+    /// # Errors
+    /// Those of [`Times::start`].
+    pub fn new(way: &'static str) -> Result<Self> {
+        Ok(Self {
+            way,
+            moved: Moved::default(),
+            requests: Times::start()?,
+            fresh: Times::start()?,
+            down: Volume::default(),
+            up: Volume::default(),
+            events: Times::start()?,
+        })
+    }
 }
 
 /// One number of a row.
