@@ -2,7 +2,7 @@
 
 use core::mem::{offset_of, size_of};
 
-use crate::options::{MAX_OPTIONS, TcpOptions};
+use crate::options::{OptionsBuffer, TcpOptions};
 
 /// One end of a connection. IPv4 addresses are written as v4-mapped IPv6 ones, so that a
 /// dual-stack listener needs one kind of key.
@@ -94,9 +94,9 @@ pub struct Handshake {
     pub raw_options_len: u8,
     /// The options as they came, for kinds that [`TcpOptions`] does not know (MPTCP, Fast Open,
     /// Accurate ECN: their mere presence decides). Bytes past the length are zero.
-    pub raw_options: [u8; MAX_OPTIONS],
+    pub raw_options: OptionsBuffer,
     /// Named, so that every byte of the record is written.
-    pub padding: [u8; 3],
+    pub padding: [u8; 7],
 }
 
 /// A handshake whose answer was seen: what the client's next segment will carry.
@@ -138,9 +138,9 @@ const _: () = {
     assert!(size_of::<Tuple>() == 36);
     assert!(size_of::<Pending>() == 12);
     assert!(offset_of!(Handshake, ifindex) == 44);
-    assert!(offset_of!(Handshake, window) == 68);
-    assert!(offset_of!(Handshake, padding) + 3 == size_of::<Handshake>());
-    assert!(size_of::<Handshake>() == 120);
+    assert!(offset_of!(Handshake, window) == 72);
+    assert!(offset_of!(Handshake, padding) + 7 == size_of::<Handshake>());
+    assert!(size_of::<Handshake>() == 152);
 };
 
 #[cfg(feature = "user")]

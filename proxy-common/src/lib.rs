@@ -11,7 +11,7 @@ pub use handshake::{
     Counter, Endpoint, HOOK_EGRESS, HOOK_INGRESS, Handshake, Pending, STEP_ACK, STEP_SYN,
     STEP_SYN_ACK, Tuple, WATCH_LOCAL, WATCH_REMOTE, flags, port_bit,
 };
-pub use options::{MAX_OPTIONS, TcpOptions};
+pub use options::{MAX_OPTIONS, OptionsBuffer, TcpOptions};
 
 /// Names of maps and programs, as the object carries them.
 pub mod names {

@@ -3,6 +3,11 @@
 /// A TCP header has room for no more bytes of options.
 pub const MAX_OPTIONS: usize = 40;
 
+/// Options in a buffer of the next power of two, the rest of it zero. An index into it can be
+/// masked instead of compared: a mask is the one bound that no optimiser moves away from the
+/// access, where the verifier looks for it.
+pub type OptionsBuffer = [u8; 64];
+
 const END: u8 = 0;
 const NOP: u8 = 1;
 const MSS: u8 = 2;
@@ -24,6 +29,9 @@ pub struct TcpOptions {
     pub window_scale: u8,
     /// Which of the options were there; see the constants of this type.
     pub present: u8,
+    /// Bytes that were understood: all, or those before the end-of-options mark or the first
+    /// malformed option.
+    pub parsed: u32,
 }
 
 impl TcpOptions {
@@ -46,39 +54,48 @@ impl TcpOptions {
 
     /// Parses the first `length` of `bytes`. An option of a known kind but of a wrong length is
     /// malformed, as for the kernel; unknown kinds are skipped.
-    ///
-    /// Written for the verifier too: one loop with a fixed bound, and each access is preceded by
-    /// a comparison of the very index that it uses.
-    #[inline(always)]
     #[must_use]
-    pub fn parse(bytes: &[u8; MAX_OPTIONS], length: usize) -> Self {
+    pub fn parse(bytes: &OptionsBuffer, length: u32) -> Self {
         let mut found = Self::default();
-        let mut at = 0;
+        found.parse_in_place(bytes, length);
+        found
+    }
+
+    /// The same for a value that begins as the default and, in a kernel program, lies in a ring
+    /// buffer's record.
+    ///
+    /// Written for the verifier: a loop with a fixed bound, masked indices, and a cursor that is
+    /// read anew from memory which the verifier does not follow. In a register it would be one of
+    /// forty numbers after every option, and the verifier would walk through all their sequences.
+    #[inline(always)]
+    pub fn parse_in_place(&mut self, bytes: &OptionsBuffer, length: u32) {
         for _ in 0..MAX_OPTIONS {
-            if at >= length || at >= MAX_OPTIONS {
+            // SAFETY: a plain read through a reference; volatile only to keep it in memory.
+            let at = unsafe { core::ptr::read_volatile(&raw const self.parsed) } as usize;
+            if at >= length as usize {
                 break;
             }
-            let kind = bytes[at];
+            let kind = byte(bytes, at);
             if kind == END {
                 break;
             }
-            if kind == NOP {
-                at += 1;
-                continue;
-            }
-            let size = byte(bytes, at + 1) as usize;
-            if size < 2 || at + size > length || !found.take(kind, size, bytes, at + 2) {
-                found.present |= Self::MALFORMED;
+            let size = if kind == NOP { 1 } else { byte(bytes, at + 1) as usize };
+            if kind != NOP
+                && (size < 2
+                    || at + size > length as usize
+                    || !self.take(kind, size, bytes, at + 2))
+            {
+                self.present |= Self::MALFORMED;
                 break;
             }
-            at += size;
+            // SAFETY: a plain write through a reference.
+            unsafe { core::ptr::write_volatile(&raw mut self.parsed, (at + size) as u32) };
         }
-        found
     }
 
     /// Notes one option whose value begins `at`; false if its size does not fit its kind.
     #[inline(always)]
-    fn take(&mut self, kind: u8, size: usize, bytes: &[u8; MAX_OPTIONS], at: usize) -> bool {
+    fn take(&mut self, kind: u8, size: usize, bytes: &OptionsBuffer, at: usize) -> bool {
         match kind {
             MSS if size == 4 => {
                 self.mss = u16::from_be_bytes([byte(bytes, at), byte(bytes, at + 1)]);
@@ -103,14 +120,15 @@ impl TcpOptions {
     }
 }
 
-/// The byte there, or 0 past the end: never a panic, which a kernel program could not contain.
+/// The byte there. An index past the end, which only a wrong length could bring about, wraps: no
+/// panic, which a kernel program could not contain.
 #[inline(always)]
-fn byte(bytes: &[u8; MAX_OPTIONS], at: usize) -> u8 {
-    if at < MAX_OPTIONS { bytes[at] } else { 0 }
+fn byte(bytes: &OptionsBuffer, at: usize) -> u8 {
+    bytes[at & (size_of::<OptionsBuffer>() - 1)]
 }
 
 #[inline(always)]
-fn word(bytes: &[u8; MAX_OPTIONS], at: usize) -> u32 {
+fn word(bytes: &OptionsBuffer, at: usize) -> u32 {
     u32::from_be_bytes([
         byte(bytes, at),
         byte(bytes, at + 1),
@@ -119,16 +137,16 @@ fn word(bytes: &[u8; MAX_OPTIONS], at: usize) -> u32 {
     ])
 }
 
-const _: () = assert!(size_of::<TcpOptions>() == 12);
+const _: () = assert!(size_of::<TcpOptions>() == 16);
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn parse(options: &[u8]) -> TcpOptions {
-        let mut bytes = [0; MAX_OPTIONS];
+        let mut bytes = [0; size_of::<OptionsBuffer>()];
         bytes[..options.len()].copy_from_slice(options);
-        TcpOptions::parse(&bytes, options.len())
+        TcpOptions::parse(&bytes, options.len() as u32)
     }
 
     /// What Linux sends on a SYN.
@@ -147,6 +165,7 @@ mod tests {
                 | TcpOptions::HAS_WINDOW_SCALE
                 | TcpOptions::SACK_PERMITTED
                 | TcpOptions::HAS_TIMESTAMPS,
+            parsed: 20,
         };
         assert_eq!(found, expected);
     }
@@ -158,7 +177,8 @@ mod tests {
 
     #[test]
     fn forty_nops_end_the_loop() {
-        assert_eq!(parse(&[NOP; MAX_OPTIONS]), TcpOptions::default());
+        let expected = TcpOptions { parsed: MAX_OPTIONS as u32, ..TcpOptions::default() };
+        assert_eq!(parse(&[NOP; MAX_OPTIONS]), expected);
     }
 
     #[test]
@@ -203,12 +223,12 @@ mod tests {
         // A multiplicative generator is enough to reach every branch with odd neighbours.
         let mut state = 0x9e37_79b9_7f4a_7c15u64;
         for _ in 0..20_000 {
-            let mut bytes = [0; MAX_OPTIONS];
+            let mut bytes = [0; size_of::<OptionsBuffer>()];
             for byte in &mut bytes {
                 state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
                 *byte = (state >> 60) as u8;
             }
-            let _ = TcpOptions::parse(&bytes, (state >> 33) as usize % (MAX_OPTIONS + 8));
+            let _ = TcpOptions::parse(&bytes, (state >> 33) as u32 % 100);
         }
     }
 }

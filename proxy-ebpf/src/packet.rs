@@ -3,13 +3,13 @@
 //! Three kinds of segments are reported: SYN, SYN-ACK, and the one that completes the handshake.
 //! Everything else leaves after two array look-ups, so that traffic which is not ours pays little.
 
-use aya_ebpf::EbpfContext as _;
+use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::bindings::bpf_hdr_start_off::BPF_HDR_START_NET;
 use aya_ebpf::helpers::{bpf_ktime_get_ns, bpf_skb_load_bytes_relative};
 use aya_ebpf::programs::TcContext;
 use aya_log_ebpf::debug;
 use proxy_common::{
-    Counter, Endpoint, HOOK_INGRESS, Handshake, MAX_OPTIONS, Pending, STEP_ACK, STEP_SYN,
+    Counter, Endpoint, HOOK_INGRESS, Handshake, OptionsBuffer, Pending, STEP_ACK, STEP_SYN,
     STEP_SYN_ACK, TcpOptions, Tuple, WATCH_LOCAL, flags, port_bit,
 };
 
@@ -18,118 +18,135 @@ use crate::{HANDSHAKES, PENDING, WATCHED, WATCHED_PORTS};
 const ETH_P_IP: u16 = 0x0800;
 const ETH_P_IPV6: u16 = 0x86dd;
 const IPPROTO_TCP: u8 = 6;
-const IPV6_HEADER: u32 = 40;
+const IPV6_HEADER: usize = 40;
 const TCP_HEADER: usize = 20;
 
-/// What the IP header says.
-struct Packet {
-    source: [u8; 16],
-    destination: [u8; 16],
-    /// Where the TCP header begins, from the start of the IP header.
-    tcp: u32,
-    family: u8,
-    traffic_class: u8,
-}
-
-/// What the fixed part of the TCP header says.
+/// What the headers of a TCP segment say.
 struct Segment {
     source: Endpoint,
     destination: Endpoint,
     sequence: u32,
     acknowledgement: u32,
-    /// Bytes of options after the fixed header.
+    /// Where the TCP header begins, from the start of the IP header.
+    tcp: u32,
+    /// Bytes of options after the fixed TCP header.
     options: u32,
     flags: u16,
     window: u16,
+    family: u8,
+    traffic_class: u8,
 }
 
 /// Reports the segment if it belongs to a handshake that is watched.
+///
+/// The steps are functions of their own in the object as well: together they may use 512 bytes of
+/// stack, and inlined they would all be alive at once.
 #[inline(always)]
 pub fn try_observe(ctx: &TcContext, hook: u8) -> Result<(), Counter> {
-    let Some(packet) = read_ip(ctx) else {
+    let skb = ctx.skb.skb;
+    let mut segment = Segment::EMPTY;
+    if !read_ip(skb, &mut segment) || !read_tcp(skb, &mut segment) {
         return Ok(());
-    };
-    let Some(segment) = read_tcp(ctx, &packet) else {
-        return Ok(());
-    };
+    }
     match step(&segment, hook) {
-        Some(step) => report(ctx, hook, step, &packet, &segment),
-        None => Ok(()),
+        0 => Ok(()),
+        step => report(skb, hook, step, &segment),
     }
 }
 
-/// `None` for everything but a whole TCP segment. Extension headers of IPv6 are not followed: no
+impl Segment {
+    const EMPTY: Self = Self {
+        source: Endpoint { address: [0; 16], port: 0 },
+        destination: Endpoint { address: [0; 16], port: 0 },
+        sequence: 0,
+        acknowledgement: 0,
+        tcp: 0,
+        options: 0,
+        flags: 0,
+        window: 0,
+        family: 0,
+        traffic_class: 0,
+    };
+}
+
+/// False for everything but a whole TCP segment. Extension headers of IPv6 are not followed: no
 /// TCP stack puts them before a handshake, and who does so is not fit for rewriting.
-#[inline(always)]
-fn read_ip(ctx: &TcContext) -> Option<Packet> {
-    // SAFETY: the context is the kernel's __sk_buff, alive for the whole run of the program.
-    let protocol = unsafe { (*ctx.skb.skb).protocol };
+#[inline(never)]
+fn read_ip(skb: *mut __sk_buff, segment: &mut Segment) -> bool {
+    // SAFETY: the context is the kernel's, alive for the whole run of the program.
+    let protocol = unsafe { (*skb).protocol };
     match u16::from_be(protocol as u16) {
-        ETH_P_IP => {
-            let header: [u8; 20] = load(ctx, 0)?;
-            let fragment = u16::from_be_bytes([header[6], header[7]]) & 0x3fff;
-            if header[9] != IPPROTO_TCP || fragment != 0 {
-                return None;
-            }
-            Some(Packet {
-                source: mapped([header[12], header[13], header[14], header[15]]),
-                destination: mapped([header[16], header[17], header[18], header[19]]),
-                tcp: u32::from(header[0] & 0x0f) * 4,
-                family: 4,
-                traffic_class: header[1],
-            })
-        }
-        ETH_P_IPV6 => {
-            let header: [u8; IPV6_HEADER as usize] = load(ctx, 0)?;
-            if header[6] != IPPROTO_TCP {
-                return None;
-            }
-            let mut packet = Packet {
-                source: [0; 16],
-                destination: [0; 16],
-                tcp: IPV6_HEADER,
-                family: 6,
-                traffic_class: header[0] << 4 | header[1] >> 4,
-            };
-            packet.source.copy_from_slice(&header[8..24]);
-            packet.destination.copy_from_slice(&header[24..40]);
-            Some(packet)
-        }
-        _ => None,
+        ETH_P_IP => read_ipv4(skb, segment),
+        ETH_P_IPV6 => read_ipv6(skb, segment),
+        _ => false,
     }
 }
 
-/// `None` for a segment that has nothing to do with a watched port.
 #[inline(always)]
-fn read_tcp(ctx: &TcContext, packet: &Packet) -> Option<Segment> {
-    let header: [u8; TCP_HEADER] = load(ctx, packet.tcp)?;
-    let source = u16::from_be_bytes([header[0], header[1]]);
-    let destination = u16::from_be_bytes([header[2], header[3]]);
-    if !is_port_watched(source) && !is_port_watched(destination) {
-        return None;
+fn read_ipv4(skb: *mut __sk_buff, segment: &mut Segment) -> bool {
+    let Some(header) = load::<20>(skb, 0) else {
+        return false;
+    };
+    let fragment = u16::from_be_bytes([header[6], header[7]]) & 0x3fff;
+    if header[9] != IPPROTO_TCP || fragment != 0 {
+        return false;
     }
-    Some(Segment {
-        source: Endpoint { address: packet.source, port: source },
-        destination: Endpoint { address: packet.destination, port: destination },
-        sequence: u32::from_be_bytes([header[4], header[5], header[6], header[7]]),
-        acknowledgement: u32::from_be_bytes([header[8], header[9], header[10], header[11]]),
-        options: (u32::from(header[12] >> 4) * 4).checked_sub(TCP_HEADER as u32)?,
-        flags: u16::from_be_bytes([header[12], header[13]]) & 0x0fff,
-        window: u16::from_be_bytes([header[14], header[15]]),
-    })
+    segment.source.address = mapped([header[12], header[13], header[14], header[15]]);
+    segment.destination.address = mapped([header[16], header[17], header[18], header[19]]);
+    segment.tcp = u32::from(header[0] & 0x0f) * 4;
+    segment.family = 4;
+    segment.traffic_class = header[1];
+    true
 }
 
-/// Which step of a watched handshake the segment is, if any.
 #[inline(always)]
-fn step(segment: &Segment, hook: u8) -> Option<u8> {
+fn read_ipv6(skb: *mut __sk_buff, segment: &mut Segment) -> bool {
+    let Some(header) = load::<IPV6_HEADER>(skb, 0) else {
+        return false;
+    };
+    if header[6] != IPPROTO_TCP {
+        return false;
+    }
+    segment.source.address.copy_from_slice(&header[8..24]);
+    segment.destination.address.copy_from_slice(&header[24..40]);
+    segment.tcp = IPV6_HEADER as u32;
+    segment.family = 6;
+    segment.traffic_class = header[0] << 4 | header[1] >> 4;
+    true
+}
+
+/// False for a segment that has nothing to do with a watched port.
+#[inline(never)]
+fn read_tcp(skb: *mut __sk_buff, segment: &mut Segment) -> bool {
+    let Some(header) = load::<TCP_HEADER>(skb, segment.tcp) else {
+        return false;
+    };
+    segment.source.port = u16::from_be_bytes([header[0], header[1]]);
+    segment.destination.port = u16::from_be_bytes([header[2], header[3]]);
+    if !is_port_watched(segment.source.port) && !is_port_watched(segment.destination.port) {
+        return false;
+    }
+    segment.sequence = u32::from_be_bytes([header[4], header[5], header[6], header[7]]);
+    segment.acknowledgement = u32::from_be_bytes([header[8], header[9], header[10], header[11]]);
+    segment.flags = u16::from_be_bytes([header[12], header[13]]) & 0x0fff;
+    segment.window = u16::from_be_bytes([header[14], header[15]]);
+    let length = u32::from(header[12] >> 4) * 4;
+    segment.options = length.wrapping_sub(TCP_HEADER as u32);
+    length >= TCP_HEADER as u32
+}
+
+/// Which step of a watched handshake the segment is; 0 for none. (A number, because a function of
+/// a kernel program returns one.)
+#[inline(never)]
+fn step(segment: &Segment, hook: u8) -> u8 {
     match segment.flags & (flags::SYN | flags::ACK | flags::RST | flags::FIN) {
-        flags::SYN => watched(&segment.destination).map(|_| STEP_SYN),
-        SYN_ACK => watched(&segment.source).map(|_| {
+        flags::SYN if watched(&segment.destination) != 0 => STEP_SYN,
+        SYN_ACK if watched(&segment.source) != 0 => {
             expect_completion(segment);
             STEP_SYN_ACK
-        }),
-        flags::ACK => completes(segment, hook).then_some(STEP_ACK),
-        _ => None,
+        }
+        flags::ACK if completes(segment, hook) => STEP_ACK,
+        _ => 0,
     }
 }
 
@@ -169,7 +186,7 @@ fn completes(segment: &Segment, hook: u8) -> bool {
         return false;
     }
     pending.reported |= 1 << hook;
-    let listens_here = watched(&segment.destination) == Some(WATCH_LOCAL);
+    let listens_here = watched(&segment.destination) == WATCH_LOCAL;
     if listens_here == (hook == HOOK_INGRESS) {
         let _ = PENDING.remove(tuple);
     }
@@ -179,13 +196,7 @@ fn completes(segment: &Segment, hook: u8) -> bool {
 /// Puts the event together in the ring buffer's own memory, which, unlike the stack, kernels
 /// before 5.12 let a program index with a variable.
 #[inline(always)]
-fn report(
-    ctx: &TcContext,
-    hook: u8,
-    step: u8,
-    packet: &Packet,
-    segment: &Segment,
-) -> Result<(), Counter> {
+fn report(skb: *mut __sk_buff, hook: u8, step: u8, segment: &Segment) -> Result<(), Counter> {
     let mut entry = HANDSHAKES.reserve::<Handshake>(0).ok_or(Counter::Lost)?;
     // SAFETY: the entry is ours until submitted or discarded, and has this type's size and
     // alignment.
@@ -196,7 +207,7 @@ fn report(
         source: segment.source,
         destination: segment.destination,
         // SAFETY: as in read_ip.
-        ifindex: unsafe { (*ctx.skb.skb).ifindex },
+        ifindex: unsafe { (*skb).ifindex },
         sequence: segment.sequence,
         acknowledgement: segment.acknowledgement,
         options: TcpOptions::default(),
@@ -204,40 +215,53 @@ fn report(
         flags: segment.flags,
         step,
         hook,
-        family: packet.family,
-        traffic_class: packet.traffic_class,
+        family: segment.family,
+        traffic_class: segment.traffic_class,
         raw_options_len: segment.options as u8,
-        raw_options: [0; MAX_OPTIONS],
-        padding: [0; 3],
+        raw_options: [0; size_of::<OptionsBuffer>()],
+        padding: [0; 7],
     };
-    let first = packet.tcp + TCP_HEADER as u32;
-    if !load_options(ctx, first, segment.options, &mut event.raw_options) {
+    let first = segment.tcp + TCP_HEADER as u32;
+    if !load_options(skb, first, segment.options, &mut event.raw_options) {
         entry.discard(0);
         return Err(Counter::Unreadable);
     }
-    event.options = TcpOptions::parse(&event.raw_options, segment.options as usize);
-    debug!(
-        ctx,
-        "step {} on hook {} of device {}: sequence {}, flags {:x}",
-        step,
-        hook,
-        event.ifindex,
-        segment.sequence,
-        segment.flags
-    );
+    // The length from memory too, for the reason that parse_in_place gives: after the loop above
+    // the verifier knows eleven different ranges of it.
+    // SAFETY: a plain read through a reference.
+    let length = unsafe { core::ptr::read_volatile(&raw const event.raw_options_len) };
+    event.options.parse_in_place(&event.raw_options, length.into());
+    tell(skb, event);
     entry.submit(0);
     Ok(())
 }
 
+/// The debug message. The loader sets its level as a constant of the object; where that is lower,
+/// the verifier removes all of this.
+#[inline(always)]
+fn tell(skb: *mut __sk_buff, event: &Handshake) {
+    let (step, hook, device) = (event.step, event.hook, event.ifindex);
+    let (sequence, flags) = (event.sequence, event.flags);
+    debug!(
+        TcContext::new(skb),
+        "step {} at hook {} of device {}: sequence {}, flags {:x}",
+        step,
+        hook,
+        device,
+        sequence,
+        flags
+    );
+}
+
 /// Reads `length` bytes of options, word by word: each call has a size that the verifier knows.
 #[inline(always)]
-fn load_options(ctx: &TcContext, first: u32, length: u32, into: &mut [u8; MAX_OPTIONS]) -> bool {
+fn load_options(skb: *mut __sk_buff, first: u32, length: u32, into: &mut OptionsBuffer) -> bool {
     for (word, chunk) in into.chunks_exact_mut(4).enumerate() {
         let at = word as u32 * 4;
         if at >= length {
             break;
         }
-        let Some(bytes) = load::<4>(ctx, first + at) else {
+        let Some(bytes) = load::<4>(skb, first + at) else {
             return false;
         };
         chunk.copy_from_slice(&bytes);
@@ -248,12 +272,12 @@ fn load_options(ctx: &TcContext, first: u32, length: u32, into: &mut [u8; MAX_OP
 /// `N` bytes from the start of the IP header on, whether or not the device has another header
 /// before it, and wherever in the buffer they are.
 #[inline(always)]
-fn load<const N: usize>(ctx: &TcContext, offset: u32) -> Option<[u8; N]> {
+fn load<const N: usize>(skb: *mut __sk_buff, offset: u32) -> Option<[u8; N]> {
     let mut bytes = [0u8; N];
     // SAFETY: the pointer and the size describe `bytes`; the kernel checks the offset.
     let status = unsafe {
         bpf_skb_load_bytes_relative(
-            ctx.as_ptr(),
+            skb.cast(),
             offset,
             bytes.as_mut_ptr().cast(),
             N as u32,
@@ -263,12 +287,17 @@ fn load<const N: usize>(ctx: &TcContext, offset: u32) -> Option<[u8; N]> {
     (status == 0).then_some(bytes)
 }
 
-/// The role of a watched endpoint, by its address or as one of all addresses of its port.
-#[inline(always)]
-fn watched(endpoint: &Endpoint) -> Option<u32> {
-    let any = Endpoint { address: [0; 16], port: endpoint.port };
+/// The role of a watched endpoint, by its address or as one of all addresses of its port; 0 for
+/// what is not watched.
+#[inline(never)]
+fn watched(endpoint: &Endpoint) -> u32 {
     // SAFETY: the value is copied at once; the loader replaces it as one aligned word.
-    unsafe { WATCHED.get(endpoint).or_else(|| WATCHED.get(any)).copied() }
+    if let Some(role) = unsafe { WATCHED.get(endpoint) } {
+        return *role;
+    }
+    let any = Endpoint { address: [0; 16], port: endpoint.port };
+    // SAFETY: as above.
+    unsafe { WATCHED.get(any) }.copied().unwrap_or(0)
 }
 
 #[inline(always)]

@@ -66,8 +66,8 @@ impl Watcher {
     }
 
     /// Ends when live connections are to be reset.
-    pub async fn cut(&self) {
-        self.cut.cancelled().await;
+    pub fn cut(&self) -> impl Future<Output = ()> {
+        self.cut.cancelled()
     }
 
     /// Counts `session` among those that [`Drain::drained`] waits for.

@@ -91,6 +91,15 @@ pub enum Side {
 }
 
 impl Side {
+    /// The opposite end.
+    #[must_use]
+    pub fn other(self) -> Self {
+        match self {
+            Self::Client => Self::Server,
+            Self::Server => Self::Client,
+        }
+    }
+
     /// The name in logs.
     #[must_use]
     pub fn as_label(self) -> &'static str {

@@ -1,5 +1,6 @@
 //! One connection's life: accepted, dialled, relayed, told of.
 
+use std::future::Future;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
@@ -28,23 +29,26 @@ pub struct Shared {
 }
 
 /// Serves one client to the end. The permit is its place under `--max-connections`.
-pub async fn serve(
+pub fn serve(
     shared: Arc<Shared>,
     client: Downstream,
     address: SocketAddr,
-    _permit: OwnedSemaphorePermit,
-) {
-    let mut record = Record::open(&shared.metrics, address);
-    // Boxed, so that its state takes no room while the connection lives on.
-    let (server, upstream) = match Box::pin(dial(&shared, &client)).await {
-        Ok(dialled) => dialled,
-        // Both sockets still linger with time zero: dropping them sends RST.
-        Err(why) => return record.close(why),
-    };
-    let engine = shared.wish.decide();
-    record.relaying(engine, upstream);
-    let end = relay::run(engine, &client, &server, &shared.limits, &shared.counters).await;
-    record.ended(end);
+    permit: OwnedSemaphorePermit,
+) -> impl Future<Output = ()> + Send {
+    let mut record = Record::open(Arc::clone(&shared.metrics), address);
+    async move {
+        let _place = &permit;
+        // Boxed, so that its state takes no room while the connection lives on.
+        let (server, upstream) = match Box::pin(dial(&shared, &client)).await {
+            Ok(dialled) => dialled,
+            // Both sockets still linger with time zero: dropping them sends RST.
+            Err(why) => return record.close(why),
+        };
+        let engine = shared.wish.decide();
+        record.relaying(engine, upstream);
+        let end = relay::run(engine, &client, &server, &shared.limits, &shared.counters).await;
+        record.ended(end);
+    }
 }
 
 /// Connects to the upstream, unless the client is gone or the drain's deadline comes first.
@@ -61,8 +65,8 @@ async fn dial(
 
 /// Writes metrics and the access-log line of one connection together, on drop: none ends silently,
 /// not even one whose task is aborted.
-struct Record<'a> {
-    metrics: &'a Metrics,
+struct Record {
+    metrics: Arc<Metrics>,
     client: SocketAddr,
     accepted: Instant,
     relay: Option<(Engine, SocketAddr)>,
@@ -70,8 +74,8 @@ struct Record<'a> {
     reason: &'static str,
 }
 
-impl<'a> Record<'a> {
-    fn open(metrics: &'a Metrics, client: SocketAddr) -> Self {
+impl Record {
+    fn open(metrics: Arc<Metrics>, client: SocketAddr) -> Self {
         metrics.dialling.inc();
         let accepted = Instant::now();
         Self { metrics, client, accepted, relay: None, bytes: (0, 0), reason: "aborted" }
@@ -94,7 +98,7 @@ impl<'a> Record<'a> {
     }
 }
 
-impl Drop for Record<'_> {
+impl Drop for Record {
     fn drop(&mut self) {
         let engine = self.relay.map_or("none", |(engine, _)| engine.as_label());
         match self.relay {
@@ -103,7 +107,7 @@ impl Drop for Record<'_> {
         }
         let upstream = self.relay.map(|(_, address)| address);
         log_end(
-            self.metrics,
+            &self.metrics,
             self.client,
             upstream,
             engine,
@@ -135,4 +139,22 @@ fn log_end(
         target: "access",
         %client, upstream, engine, bytes_up, bytes_down, duration_ms, reason, "connection"
     );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The size of what `make` would return, without making it.
+    fn size_of_result<A, B, C, D, R>(_make: impl FnOnce(A, B, C, D) -> R) -> usize {
+        size_of::<R>()
+    }
+
+    #[test]
+    fn an_idle_session_is_small() {
+        // Beside this, a session owns two registrations with the reactor, which tokio pads to 256
+        // bytes each, and no buffer. `limits::` in the tests crate weighs the whole process.
+        let size = size_of_result(serve);
+        assert!(size <= 768, "a session's state takes {size} bytes");
+    }
 }

@@ -12,6 +12,7 @@
 //! - TCP_USER_TIMEOUT also counts time spent on a closed window, although the peer answers every
 //!   probe (`tcp_probe_timer`, since 5.11): see [`SendQueue::ClosedWindow`].
 
+use std::future::poll_fn;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -76,27 +77,29 @@ impl Socket {
             Err(error) => return Err(error),
         }
         let socket = Self::new(socket.into())?;
-        let _ready = socket.fd.ready(Interest::WRITABLE).await?;
+        socket.writable().await?;
         match socket.take_error() {
             Some(error) => Err(error),
             None => Ok(socket),
         }
     }
 
-    /// Ends when bytes, the end of the stream or an error can be read.
+    /// Ends when bytes, the end of the stream or an error can be read. One task at a time may
+    /// wait: the reactor keeps one waker for it, which spares the future a node in a list.
     ///
     /// # Errors
     /// The reactor is shutting down.
     pub async fn readable(&self) -> io::Result<()> {
-        self.fd.ready(Interest::READABLE).await.map(drop)
+        poll_fn(|context| self.fd.poll_read_ready(context).map_ok(drop)).await
     }
 
-    /// Ends when the send buffer has room.
+    /// Ends when the send buffer has room. One task at a time may wait, as for
+    /// [`Self::readable`].
     ///
     /// # Errors
     /// The reactor is shutting down.
     pub async fn writable(&self) -> io::Result<()> {
-        self.fd.ready(Interest::WRITABLE).await.map(drop)
+        poll_fn(|context| self.fd.poll_write_ready(context).map_ok(drop)).await
     }
 
     /// Ends when the connection has failed: RST, a time-out, a lost route.

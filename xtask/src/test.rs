@@ -91,7 +91,10 @@ fn every_suite_has_a_tier() -> Result<()> {
     let mut found = BTreeSet::new();
     for entry in fs::read_dir(&folder).into_iter().flatten() {
         let path = entry?.path();
-        if path.extension().is_some_and(|extension| extension == "rs") {
+        // As cargo finds them: a file, or a folder with a main.rs.
+        if path.extension().is_some_and(|extension| extension == "rs")
+            || path.join("main.rs").exists()
+        {
             found.extend(path.file_stem().map(|stem| stem.to_string_lossy().into_owned()));
         }
     }

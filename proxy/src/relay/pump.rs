@@ -1,18 +1,18 @@
 //! Runs a relay: one pump for each direction, and what ends them early.
 
-use std::future::poll_fn;
+use std::future::{Future, poll_fn};
 use std::io;
+use std::pin::pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::task::Poll;
 use std::time::Duration;
 
-use futures::future::try_join;
 use prometheus::IntCounter;
 use tokio::time::Instant;
 
 use super::copy::{self, CHUNK, Fault, Step};
-use super::splice::{Lent, PipePool};
+use super::splice::PipePool;
 use super::{End, Engine, Reason, Side};
 use crate::drain::Watcher;
 use crate::socket::{Downstream, SendQueue, Socket, Upstream};
@@ -48,157 +48,254 @@ pub struct Counters {
 
 /// Relays until both directions have ended or something fails. The sockets are then closed by
 /// their owner: with FIN if the reason is orderly, else with RST.
-pub async fn run(
+///
+/// An idle relay lives as long as its connection, so its state is kept small: here and below,
+/// `async move` blocks use what they are given in place (an `async fn` would keep it twice), and
+/// what only a busy, stuck or ending relay needs is boxed.
+pub fn run<'a>(
     engine: Engine,
-    client: &Downstream,
-    server: &Upstream,
-    limits: &Limits,
-    counters: &Counters,
-) -> End {
-    let moved = Moved::default();
-    let first_closed = OnceLock::new();
-    let pool = (engine == Engine::Splice).then_some(&limits.pipes);
-    let pump = |source, destination, moved| Pump {
-        source,
-        destination,
-        moved,
-        pool,
-        first_closed: &first_closed,
+    client: &'a Downstream,
+    server: &'a Upstream,
+    limits: &'a Limits,
+    counters: &'a Counters,
+) -> impl Future<Output = End> + Send {
+    let relay = Relay {
+        client: &client.0,
+        server: &server.0,
+        pool: (engine == Engine::Splice).then_some(&limits.pipes),
+        counters,
+        up: AtomicU64::new(0),
+        down: AtomicU64::new(0),
+        first_to_end: OnceLock::new(),
     };
-    let (at_client, at_server) = ((&client.0, Side::Client), (&server.0, Side::Server));
-    let up = pump(at_client, at_server, (&moved.up, &counters.up)).run();
-    let down = pump(at_server, at_client, (&moved.down, &counters.down)).run();
-    let reason = tokio::select! {
-        // Pumps first: a side that failed may have sent bytes before, which are still to be read.
-        biased;
-        result = try_join(up, down) => match result {
-            Ok(_) => Reason::Closed(first_closed.get().copied().unwrap_or(Side::Client)),
-            Err(reason) => reason,
-        },
-        error = client.0.failed() => fault(Side::Client, &error),
-        error = server.0.failed() => fault(Side::Server, &error),
-        () = limits.drain.cut() => Reason::Cut,
-        () = watch(&moved, [&client.0, &server.0], limits.idle_timeout) => Reason::Idle,
-    };
-    if reason.is_orderly() {
-        client.0.let_close_orderly();
-        server.0.let_close_orderly();
-    }
-    End {
-        reason,
-        bytes_up: moved.up.load(Ordering::Relaxed),
-        bytes_down: moved.down.load(Ordering::Relaxed),
+    async move {
+        let reason = tokio::select! {
+            biased;
+            result = relay.both() => match result {
+                Ok(()) => Reason::Closed(*relay.first_to_end.get_or_init(|| Side::Client)),
+                Err(reason) => reason,
+            },
+            () = limits.drain.cut() => Reason::Cut,
+            () = relay.watch(limits.idle_timeout) => Reason::Idle,
+        };
+        if reason.is_orderly() {
+            relay.client.let_close_orderly();
+            relay.server.let_close_orderly();
+        }
+        let bytes_up = relay.up.load(Ordering::Relaxed);
+        End { reason, bytes_up, bytes_down: relay.down.load(Ordering::Relaxed) }
     }
 }
 
-/// Bytes moved so far. All of it belongs to one task; atomics only because that may change its
-/// thread.
-#[derive(Debug, Default)]
-struct Moved {
+/// What both directions of one relay share.
+struct Relay<'a> {
+    client: &'a Socket,
+    server: &'a Socket,
+    pool: Option<&'a Arc<PipePool>>,
+    counters: &'a Counters,
+    /// Bytes moved so far. One task writes them; atomics only because it may change its thread.
     up: AtomicU64,
     down: AtomicU64,
+    /// The side whose stream ended first.
+    first_to_end: OnceLock<Side>,
 }
 
-impl Moved {
-    fn total(&self) -> u64 {
-        self.up.load(Ordering::Relaxed).wrapping_add(self.down.load(Ordering::Relaxed))
-    }
-}
-
-/// One direction.
-struct Pump<'a> {
-    source: (&'a Socket, Side),
-    destination: (&'a Socket, Side),
-    pool: Option<&'a Arc<PipePool>>,
-    moved: (&'a AtomicU64, &'a IntCounter),
-    /// The side whose stream ended first, shared with the other direction.
-    first_closed: &'a OnceLock<Side>,
-}
-
-impl Pump<'_> {
-    /// Moves bytes until the source's FIN has been passed on.
-    async fn run(self) -> Result<(), Reason> {
-        // Whether the source sends so much at once that a pipe pays.
-        let mut bulk = false;
-        // Whether bytes are known to wait at the source, whatever the reactor says.
-        let mut queued = false;
-        let mut turn = 0;
-        loop {
-            if bulk
-                && !queued
-                && let Some(pipe) = self.pool.and_then(|pool| pool.lend())
-            {
-                let moved = self.through(pipe).await?;
-                // Nothing spliced proves nothing (see `Lent::fill`): a read decides.
-                queued = moved == 0;
-                bulk = queued || moved >= WORTH_A_PIPE;
-                take_turns(&mut turn, moved).await;
-                continue;
-            }
-            let step = copy::step(self.source.0, self.destination.0, queued);
-            queued = matches!(step, Ok(Step::DestinationFull | Step::Full(_)));
-            match step {
-                Ok(Step::Moved(count)) => {
-                    bulk = count == CHUNK || (bulk && count >= WORTH_A_PIPE);
-                    self.count(count);
-                    take_turns(&mut turn, count).await;
+impl Relay<'_> {
+    /// Ends when both directions have ended, or one has failed. A pump whose stream has ended
+    /// still answers for its source until the other one is done as well.
+    fn both(&self) -> impl Future<Output = Result<(), Reason>> {
+        async move {
+            let mut up = pin!(self.pump(Side::Client));
+            let mut down = pin!(self.pump(Side::Server));
+            tokio::select! {
+                biased;
+                result = &mut up => {
+                    result?;
+                    Box::pin(self.unless_fails(Side::Client, down)).await
                 }
-                Ok(Step::Full(count)) => {
-                    self.count(count);
-                    self.wait_for_room().await?;
+                result = &mut down => {
+                    result?;
+                    Box::pin(self.unless_fails(Side::Server, up)).await
                 }
-                Ok(Step::DestinationFull) => self.wait_for_room().await?,
-                Ok(Step::SourceEmpty) => self.wait_for_bytes().await?,
-                Ok(Step::EndOfStream) => return self.finish(),
-                Err(Fault::Source(error)) => return Err(fault(self.source.1, &error)),
-                Err(Fault::Destination(error)) => return Err(fault(self.destination.1, &error)),
             }
         }
     }
 
-    /// Moves one pipe's worth. Returns 0 if nothing could be spliced.
-    async fn through(&self, mut pipe: Lent) -> Result<usize, Reason> {
-        let filled = match pipe.fill(self.source.0) {
+    /// Moves bytes that `from` sends until its FIN has been passed on.
+    ///
+    /// At any time a pump answers for its source: while it waits for bytes, reading them brings
+    /// the error; while it waits for anything else, it watches for errors beside that. So every
+    /// failure of either socket is seen at once, whatever both directions are doing.
+    fn pump(&self, from: Side) -> impl Future<Output = Result<(), Reason>> {
+        async move {
+            // Whether the source sends so much at once that a pipe pays.
+            let mut bulk = false;
+            // Whether bytes are known to wait at the source, whatever the reactor says.
+            let mut queued = false;
+            let mut turn = 0;
+            loop {
+                if bulk && !queued && self.pool.is_some() {
+                    let moved = Box::pin(self.through_pipe(from)).await?;
+                    // Nothing spliced proves nothing (see `Lent::fill`): a read decides.
+                    queued = moved == 0;
+                    bulk = queued || moved >= WORTH_A_PIPE;
+                    take_turns(&mut turn, moved).await;
+                    continue;
+                }
+                let step = copy::step(self.socket(from), self.socket(from.other()), queued);
+                queued = matches!(step, Ok(Step::DestinationFull | Step::Full(_)));
+                match step {
+                    Ok(Step::Moved(count)) => {
+                        bulk = count == CHUNK || (bulk && count >= WORTH_A_PIPE);
+                        self.count(from, count);
+                        take_turns(&mut turn, count).await;
+                    }
+                    Ok(Step::Full(count)) => {
+                        self.count(from, count);
+                        Box::pin(self.room_at(from.other())).await?;
+                    }
+                    Ok(Step::DestinationFull) => Box::pin(self.room_at(from.other())).await?,
+                    Ok(Step::SourceEmpty) => self.bytes_at(from).await?,
+                    Ok(Step::EndOfStream) => return self.pass_on_the_end(from),
+                    Err(Fault::Source(error)) => return Err(fault(from, &error)),
+                    Err(Fault::Destination(error)) => return Err(fault(from.other(), &error)),
+                }
+            }
+        }
+    }
+
+    /// Moves up to one pipe's worth. Returns 0 if nothing could be spliced, or no pipe was free.
+    async fn through_pipe(&self, from: Side) -> Result<usize, Reason> {
+        let Some(mut pipe) = self.pool.and_then(|pool| pool.lend()) else { return Ok(0) };
+        let filled = match pipe.fill(self.socket(from)) {
             Ok(filled) => filled,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
-            Err(error) => return Err(fault(self.source.1, &error)),
+            Err(error) => return Err(fault(from, &error)),
         };
         while pipe.inside() > 0 {
-            match pipe.empty(self.destination.0) {
-                Ok(moved) => self.count(moved),
+            match pipe.empty(self.socket(from.other())) {
+                Ok(moved) => self.count(from, moved),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    self.wait_for_room().await?;
+                    self.room_at(from.other()).await?;
                 }
-                Err(error) => return Err(fault(self.destination.1, &error)),
+                Err(error) => return Err(fault(from.other(), &error)),
             }
         }
         Ok(filled)
     }
 
-    /// The source's stream has ended: so does the destination's, after all that was written.
-    fn finish(self) -> Result<(), Reason> {
-        let (destination, side) = self.destination;
-        destination.shutdown_write().map_err(|error| fault(side, &error))?;
-        // Refused if the other direction ended before, which is what it is for.
-        let _ = self.first_closed.set(self.source.1);
+    /// The stream of `from` has ended: so does the other socket's, after all that was written.
+    fn pass_on_the_end(&self, from: Side) -> Result<(), Reason> {
+        let shut = self.socket(from.other()).shutdown_write();
+        shut.map_err(|error| fault(from.other(), &error))?;
+        self.first_to_end.get_or_init(|| from);
         Ok(())
     }
 
-    async fn wait_for_bytes(&self) -> Result<(), Reason> {
-        let (source, side) = self.source;
-        source.readable().await.map_err(|error| fault(side, &error))
+    /// Ends when there is something to read, an error included.
+    fn bytes_at(&self, side: Side) -> impl Future<Output = Result<(), Reason>> {
+        let socket = self.socket(side);
+        async move { socket.readable().await.map_err(|error| fault(side, &error)) }
     }
 
-    async fn wait_for_room(&self) -> Result<(), Reason> {
-        let (destination, side) = self.destination;
-        destination.writable().await.map_err(|error| fault(side, &error))
+    /// Ends when the send buffer of `side` has room, or the other side fails.
+    async fn room_at(&self, side: Side) -> Result<(), Reason> {
+        let socket = self.socket(side);
+        let room = async { socket.writable().await.map_err(|error| fault(side, &error)) };
+        self.unless_fails(side.other(), room).await
     }
 
-    fn count(&self, bytes: usize) {
+    /// Ends with `other`, or when `side` fails first.
+    async fn unless_fails(
+        &self,
+        side: Side,
+        other: impl Future<Output = Result<(), Reason>>,
+    ) -> Result<(), Reason> {
+        tokio::select! {
+            biased;
+            result = other => result,
+            error = self.socket(side).failed() => Err(fault(side, &error)),
+        }
+    }
+
+    /// Ends when no byte has moved for `idle_timeout`, or up to a quarter more. Beside that,
+    /// keeps TCP_USER_TIMEOUT from ending a connection whose peer is alive but reads no more, as
+    /// behind `kubectl logs -f | less`: what has no limit on a direct connection has none here.
+    ///
+    /// Costs nothing while nothing moves: no timer runs unless bytes moved or wait in a queue.
+    fn watch(&self, idle_timeout: Option<Duration>) -> impl Future<Output = ()> {
+        async move {
+            let mut seen = 0;
+            loop {
+                // Whatever moves bytes polls this task, and so looks here.
+                let moved = || idle_timeout.is_some() || self.moved() != seen;
+                poll_fn(|_| if moved() { Poll::Ready(()) } else { Poll::Pending }).await;
+                match Box::pin(self.watch_closely(idle_timeout)).await {
+                    Watched::Idle => return,
+                    Watched::Quiet(moved) => seen = moved,
+                }
+            }
+        }
+    }
+
+    /// Looks again and again until nothing moves and nothing waits in a send queue.
+    async fn watch_closely(&self, idle_timeout: Option<Duration>) -> Watched {
+        let interval = idle_timeout.map_or(LOOK_INTERVAL, |idle| LOOK_INTERVAL.min(idle / 4));
+        let mut seen = self.moved();
+        let mut quiet_since = Instant::now();
+        let mut lifted = [false; 2];
+        loop {
+            tokio::time::sleep(interval).await;
+            let mut busy = self.moved() != seen;
+            if busy {
+                (seen, quiet_since) = (self.moved(), Instant::now());
+            }
+            if idle_timeout.is_some_and(|idle| quiet_since.elapsed() >= idle) {
+                return Watched::Idle;
+            }
+            for (socket, lifted) in [self.client, self.server].into_iter().zip(&mut lifted) {
+                let queue = socket.send_queue();
+                busy |= queue != SendQueue::Empty;
+                let stalled = queue == SendQueue::ClosedWindow;
+                if stalled != *lifted {
+                    socket.lift_user_timeout(stalled);
+                    *lifted = stalled;
+                }
+            }
+            if !busy && idle_timeout.is_none() {
+                return Watched::Quiet(seen);
+            }
+        }
+    }
+
+    fn socket(&self, side: Side) -> &Socket {
+        match side {
+            Side::Client => self.client,
+            Side::Server => self.server,
+        }
+    }
+
+    fn count(&self, from: Side, bytes: usize) {
         let bytes = bytes as u64;
-        self.moved.0.fetch_add(bytes, Ordering::Relaxed);
-        self.moved.1.inc_by(bytes);
+        let (total, counter) = match from {
+            Side::Client => (&self.up, &self.counters.up),
+            Side::Server => (&self.down, &self.counters.down),
+        };
+        total.fetch_add(bytes, Ordering::Relaxed);
+        counter.inc_by(bytes);
     }
+
+    fn moved(&self) -> u64 {
+        self.up.load(Ordering::Relaxed).wrapping_add(self.down.load(Ordering::Relaxed))
+    }
+}
+
+/// What watching closely has found.
+enum Watched {
+    /// The idle time-out has passed.
+    Idle,
+    /// Nothing moves and nothing waits; so many bytes had moved.
+    Quiet(u64),
 }
 
 /// Lets others on this thread run once a turn's worth was moved. A small message costs the thread
@@ -220,41 +317,5 @@ fn fault(side: Side, error: &io::Error) -> Reason {
         | io::ErrorKind::NotConnected => Reason::Reset(side),
         io::ErrorKind::TimedOut => Reason::TimedOut(side),
         _ => Reason::Failed(side),
-    }
-}
-
-/// Ends when no byte has moved for `idle_timeout`, or up to a quarter more. Beside that, keeps
-/// TCP_USER_TIMEOUT from ending a connection whose peer is alive but reads no more, as behind
-/// `kubectl logs -f | less`: what has no limit on a direct connection has none here.
-///
-/// Costs nothing while nothing moves: no timer runs unless bytes moved or wait in a send queue.
-async fn watch(moved: &Moved, sockets: [&Socket; 2], idle_timeout: Option<Duration>) {
-    let interval = idle_timeout.map_or(LOOK_INTERVAL, |idle| LOOK_INTERVAL.min(idle / 4));
-    let mut seen = moved.total();
-    let mut quiet_since = Instant::now();
-    let mut lifted = [false; 2];
-    let mut pending = idle_timeout.is_some();
-    loop {
-        // Whatever moves bytes polls this task, and so looks here.
-        poll_fn(|_| if pending || moved.total() != seen { Poll::Ready(()) } else { Poll::Pending })
-            .await;
-        tokio::time::sleep(interval).await;
-        let now_moved = moved.total();
-        if now_moved != seen {
-            (seen, quiet_since) = (now_moved, Instant::now());
-        }
-        if idle_timeout.is_some_and(|idle| quiet_since.elapsed() >= idle) {
-            return;
-        }
-        pending = idle_timeout.is_some();
-        for (socket, lifted) in sockets.into_iter().zip(&mut lifted) {
-            let queue = socket.send_queue();
-            let stalled = queue == SendQueue::ClosedWindow;
-            if stalled != *lifted {
-                socket.lift_user_timeout(stalled);
-                *lifted = stalled;
-            }
-            pending |= queue != SendQueue::Empty;
-        }
     }
 }
