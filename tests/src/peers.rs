@@ -635,6 +635,15 @@ pub fn direct_pair() -> (Peer, Peer) {
     (client, upstream.accept())
 }
 
+/// Runs both at once and fails when either does.
+#[track_caller]
+pub fn both(one: impl FnOnce() + Send, other: impl FnOnce() + Send) {
+    thread::scope(|threads| {
+        threads.spawn(one);
+        threads.spawn(other);
+    });
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -703,13 +712,4 @@ mod tests {
         client.finish();
         assert_eq!(server.receive_until_end(9), (sent, Ending::Eof));
     }
-}
-
-/// Runs both at once and fails when either does.
-#[track_caller]
-pub fn both(one: impl FnOnce() + Send, other: impl FnOnce() + Send) {
-    thread::scope(|threads| {
-        threads.spawn(one);
-        threads.spawn(other);
-    });
 }
