@@ -5,8 +5,9 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::thread;
 
 use proxy_tests::admin;
-use proxy_tests::peers::{ClosedPort, Peer, Upstream};
+use proxy_tests::peers::Peer;
 use proxy_tests::proxy::{Launch, Proxy};
+use proxy_tests::servers::{ClosedPort, Upstream};
 use proxy_tests::wait::until;
 
 const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);

@@ -4,9 +4,10 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use proxy_tests::peers::{Peer, Upstream};
+use proxy_tests::peers::Peer;
 use proxy_tests::process::need_open_files;
 use proxy_tests::proxy::{Launch, Proxy};
+use proxy_tests::servers::Upstream;
 use proxy_tests::wait::{eventually, until};
 
 const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
