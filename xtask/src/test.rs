@@ -14,17 +14,29 @@ use crate::kube_bins;
 use crate::setup::{self, Scope};
 use crate::shell::{cargo, root, run as sh, say, target};
 
+/// What the suites run, below the target folder.
+const PROGRAM: &str = "debug/steward-tcp-proxy";
+
 /// Every file of `tests/tests`, by what it needs. To add a suite, name its file here.
-const SUITES: &[(Tier, &str)] = &[(Tier::Kernel, "check")];
+const SUITES: &[(Tier, &str)] = &[
+    (Tier::Contract, "cli"),
+    (Tier::Contract, "admin"),
+    (Tier::Contract, "drain"),
+    (Tier::Contract, "limits"),
+    (Tier::Contract, "contract"),
+    (Tier::Kernel, "check"),
+    (Tier::Kube, "apiserver_smoke"),
+    (Tier::Kube, "endpoints_real"),
+];
 
 /// What a step needs, and so when it can run.
 #[derive(clap::ValueEnum, Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Tier {
     /// Format, lints, documentation, unit tests: no privilege
     Unit,
-    /// The program against nasty peers over loopback: no privilege
+    /// The program against nasty peers over loopback; what needs a host of its own, root
     Contract,
-    /// Namespaces and kernel programs: root
+    /// Namespaces, kernel programs and the demo: root
     Kernel,
     /// A real API server: its programs, and root
     Kube,
@@ -66,7 +78,17 @@ pub fn run(flags: &Flags) -> Result<()> {
     for &(tier, suite) in SUITES.iter().filter(|(tier, _)| wants(*tier)) {
         report.step(&format!("suite {suite}"), || run_suite(tier, suite));
     }
+    if wants(Tier::Kernel) {
+        report.step("demo", demo);
+    }
     report.end(begun.elapsed())
+}
+
+/// The README's other command, with the program as the suites use it: not optimized, so its
+/// figures mean nothing here, but all that it checks is checked.
+fn demo() -> Result<()> {
+    let this = std::env::current_exe().context("cannot find this program")?;
+    sh(Command::new(this).arg("demo").arg("--proxy").arg(target().join(PROGRAM)))
 }
 
 fn unit(report: &mut Report) {
@@ -110,7 +132,7 @@ fn every_suite_has_a_tier() -> Result<()> {
 
 fn run_suite(tier: Tier, suite: &str) -> Result<()> {
     let mut command = cargo(&["test", "--package", "proxy-tests", "--test", suite]);
-    command.env("STEWARD_TCP_PROXY_BIN", target().join("debug/steward-tcp-proxy"));
+    command.env("STEWARD_TCP_PROXY_BIN", target().join(PROGRAM));
     meet_needs(tier, &mut command)?;
     sh(&mut command)
 }
