@@ -16,7 +16,7 @@ use tokio::time::{sleep, timeout};
 
 use super::client::Moved;
 use super::curl;
-use super::lab::Host;
+use crate::lab::Host;
 
 /// For whatever takes a moment only.
 const SOON: Duration = Duration::from_secs(5);

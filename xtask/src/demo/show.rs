@@ -19,12 +19,12 @@ use tokio::time::{sleep, timeout};
 
 use super::client::Target;
 use super::curl;
-use super::lab::{Host, Plan, spawn_here};
 use super::load::{self, Direction};
 use super::progress::Progress;
 use super::relay::{Counts, Relay};
 use super::standin;
 use super::table::{self, Row};
+use crate::lab::{Host, Plan, spawn_here};
 
 /// The engines shown, beside direct.
 const ENGINES: [&str; 2] = ["splice", "copy"];
