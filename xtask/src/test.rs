@@ -24,6 +24,7 @@ const SUITES: &[(Tier, &str)] = &[
     (Tier::Contract, "drain"),
     (Tier::Contract, "limits"),
     (Tier::Contract, "contract"),
+    (Tier::Kernel, "hosts"),
     (Tier::Kernel, "check"),
     (Tier::Kube, "apiserver_smoke"),
     (Tier::Kube, "endpoints_real"),
