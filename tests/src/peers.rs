@@ -450,15 +450,6 @@ pub fn both(one: impl FnOnce() + Send, other: impl FnOnce() + Send) {
     });
 }
 
-/// Runs both at once and fails when either does.
-#[track_caller]
-pub fn both(one: impl FnOnce() + Send, other: impl FnOnce() + Send) {
-    thread::scope(|threads| {
-        threads.spawn(one);
-        threads.spawn(other);
-    });
-}
-
 #[cfg(test)]
 mod tests {
     use std::net::{IpAddr, Ipv4Addr};
