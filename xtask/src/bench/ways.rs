@@ -120,7 +120,7 @@ fn other(
             "{load}worker_processes auto;\npid {here}/pid;\nerror_log {here}/log;\n\
              events {{ worker_connections 4096; }}\n\
              stream {{ server {{ listen {address} reuseport; proxy_pass {origin}; \
-             tcp_nodelay on; }} }}\n"
+             proxy_half_close on; tcp_nodelay on; }} }}\n"
         )
     } else {
         command.arg("-db").arg("-f").arg(&file);
