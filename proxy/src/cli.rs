@@ -5,13 +5,16 @@
 //! `-flag` or `-flag=value`, and the last of several wins. clap holds the definitions and writes
 //! the help; `normalize` brings Go's spelling into clap's and collects what neither knows.
 
+mod judge;
+
 use std::ffi::OsString;
 
 use clap::{ArgAction, CommandFactory, FromArgMatches, Parser};
 
-use crate::config::{Config, Mistakes};
+use crate::config::Config;
+pub use judge::Mistakes;
 
-/// The flags of the proxy. All values stay text here: [`Config::from_flags`] judges them
+/// The flags of the proxy. All values stay text here: `judge.rs` judges them
 /// together, so that every mistake is reported at once.
 #[derive(Parser, Debug, Clone)]
 #[command(
@@ -171,7 +174,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, Mis
     let program = std::iter::once(OsString::from("steward-tcp-proxy"));
     let parsed = Flags::command().try_get_matches_from(program.chain(normal));
     match parsed.and_then(|matches| Flags::from_arg_matches(&matches)) {
-        Ok(flags) => match Config::from_flags(&flags, &mut mistakes) {
+        Ok(flags) => match judge::config(&flags, &mut mistakes) {
             Some(config) if mistakes.is_empty() => Ok(Invocation::Proxy(Box::new(config))),
             _ => Err(mistakes),
         },
