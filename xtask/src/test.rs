@@ -15,7 +15,7 @@ use crate::setup::{self, Scope};
 use crate::shell::{cargo, root, run as sh, say, target};
 
 /// Every file of `tests/tests`, by what it needs. To add a suite, name its file here.
-const SUITES: &[(Tier, &str)] = &[(Tier::Kernel, "check")];
+const SUITES: &[(Tier, &str)] = &[(Tier::Kernel, "check"), (Tier::Kube, "apiserver_smoke")];
 
 /// What a step needs, and so when it can run.
 #[derive(clap::ValueEnum, Debug, Clone, Copy, PartialEq, Eq)]
