@@ -11,6 +11,7 @@ use prometheus::{
 use crate::relay::{Engine, Wish};
 
 const PREFIX: &str = "steward_tcp_proxy";
+const BUILD_INFO: &str = "build_info";
 
 /// Seconds; from a loopback's 50 us to a dial that uses up its time-out.
 const LATENCY_BUCKETS: &[f64] = &[
@@ -22,6 +23,8 @@ const LATENCY_BUCKETS: &[f64] = &[
 #[derive(Debug)]
 pub struct Metrics {
     registry: Registry,
+    /// Full names of all metrics; those with labels show no sample before they have a value.
+    pub names: Vec<String>,
     /// Connections taken from the listeners' queues.
     pub accepted: IntCounter,
     /// Connections now dialling their upstream.
@@ -58,7 +61,11 @@ pub struct Metrics {
     pub draining: IntGauge,
 }
 
-struct Maker(Registry);
+#[derive(Default)]
+struct Maker {
+    registry: Registry,
+    names: std::cell::RefCell<Vec<String>>,
+}
 
 impl Maker {
     fn opts(name: &str, help: &str) -> Opts {
@@ -70,7 +77,9 @@ impl Maker {
         made: prometheus::Result<C>,
     ) -> prometheus::Result<C> {
         let made = made?;
-        self.0.register(Box::new(made.clone()))?;
+        self.registry.register(Box::new(made.clone()))?;
+        let names = made.desc().into_iter().map(|desc| desc.fq_name.clone());
+        self.names.borrow_mut().extend(names);
         Ok(made)
     }
 
@@ -101,12 +110,14 @@ impl Metrics {
     /// # Errors
     /// Two metrics of one name, which a unit test rules out.
     pub fn new() -> prometheus::Result<Self> {
-        let make = Maker(Registry::new());
+        let make = Maker::default();
         let bytes = make.counters(
             "bytes_total",
             "Bytes relayed; direction up is from clients to the upstream, down the other way.",
             &["direction"],
         )?;
+        // The one that needs to know more than this function, see `describe_process`.
+        make.names.borrow_mut().push(format!("{PREFIX}_{BUILD_INFO}"));
         Ok(Self {
             accepted: make.counter(
                 "connections_accepted_total",
@@ -175,7 +186,8 @@ impl Metrics {
                 "1 while another writer keeps undoing our endpoints, else 0.",
             )?,
             draining: make.gauge("draining", "1 from SIGTERM on, else 0.")?,
-            registry: make.0,
+            names: make.names.into_inner(),
+            registry: make.registry,
         })
     }
 
@@ -185,7 +197,7 @@ impl Metrics {
     /// A metric of this name exists already, which means a second call.
     pub fn describe_process(&self, wish: Wish, default: Engine) -> prometheus::Result<()> {
         let info = IntGaugeVec::new(
-            Maker::opts("build_info", "Always 1; what this process is, in its labels."),
+            Maker::opts(BUILD_INFO, "Always 1; what this process is, in its labels."),
             &["version", "engine_wished", "engine_default"],
         )?;
         info.with_label_values(&[crate::VERSION, wish.as_label(), default.as_label()]).set(1);
@@ -212,8 +224,8 @@ mod tests {
         let metrics = Metrics::new().expect("registers");
         metrics.describe_process(Wish::Auto, Engine::Splice).expect("registers");
         let text = String::from_utf8(metrics.encode().expect("encodes")).expect("UTF-8");
-        let names: Vec<_> = text.lines().filter_map(|l| l.strip_prefix("# HELP ")).collect();
-        assert!(names.len() >= 8, "{names:?}");
+        assert!(text.contains("steward_tcp_proxy_build_info{"), "{text}");
+        let names = &metrics.names;
         assert!(names.iter().all(|n| n.starts_with("steward_tcp_proxy_")), "{names:?}");
     }
 }

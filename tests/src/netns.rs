@@ -1,0 +1,170 @@
+//! Hosts made from network namespaces: each one thread that lives in its own, joined by veth.
+//!
+//! Nothing is named or mounted, so nothing can be left behind: a namespace goes with the last
+//! thread, process or socket in it, also when a test is killed. Needs root and the `ip` command.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::process::Command;
+use std::sync::mpsc::{Sender, channel};
+use std::thread::JoinHandle;
+
+use rustix::thread::{UnshareFlags, gettid, unshare_unsafe};
+
+type Job = Box<dyn FnOnce() + Send>;
+
+/// One host. Dropping it ends its thread; processes started in it end with that thread.
+#[derive(Debug)]
+pub struct Host {
+    name: String,
+    thread: i32,
+    jobs: Option<Sender<Job>>,
+    worker: Option<JoinHandle<()>>,
+}
+
+impl Host {
+    /// A host with nothing but loopback (127.0.0.1 and ::1), which is up.
+    ///
+    /// # Panics
+    /// No root, or no `ip` command.
+    #[track_caller]
+    #[must_use]
+    pub fn new(name: &str) -> Self {
+        assert!(
+            rustix::process::geteuid().is_root(),
+            "this test makes hosts from network namespaces and needs root (CAP_SYS_ADMIN)"
+        );
+        let (jobs, inbox) = channel::<Job>();
+        let (tell, told) = channel();
+        let worker = std::thread::Builder::new().name(name.to_owned()).spawn(move || {
+            // SAFETY: of this thread only the network namespace changes; no file descriptor
+            // table or memory that other threads rely on is unshared.
+            let entered = unsafe { unshare_unsafe(UnshareFlags::NEWNET) };
+            let thread = entered.map(|()| gettid().as_raw_nonzero().get());
+            if tell.send(thread).is_ok() && entered.is_ok() {
+                inbox.iter().for_each(|job| job());
+            }
+        });
+        let worker = worker.expect("a thread");
+        let thread = match told.recv() {
+            Ok(Ok(thread)) => thread,
+            other => panic!("a network namespace for {name} cannot be made: {other:?}"),
+        };
+        let host = Self { name: name.to_owned(), thread, jobs: Some(jobs), worker: Some(worker) };
+        host.ip("link set lo up");
+        host
+    }
+
+    /// Runs `job` on this host and waits for its result; threads and processes that it starts
+    /// are on this host, too. A panic in it goes on here.
+    ///
+    /// # Panics
+    /// `job` did.
+    #[track_caller]
+    pub fn run<T: Send + 'static>(&self, job: impl FnOnce() -> T + Send + 'static) -> T {
+        let (tell, told) = channel();
+        let job = Box::new(move || {
+            let _ = tell.send(catch_unwind(AssertUnwindSafe(job)));
+        });
+        let jobs = self.jobs.as_ref().expect("there until dropped");
+        jobs.send(job).expect("the host's thread lives");
+        match told.recv().expect("the host's thread answers") {
+            Ok(result) => result,
+            Err(panic) => resume_unwind(panic),
+        }
+    }
+
+    /// Runs `ip` with `arguments` (separated by spaces) on this host.
+    ///
+    /// # Panics
+    /// It fails; the message is its own.
+    #[track_caller]
+    pub fn ip(&self, arguments: &str) {
+        let words: Vec<String> = arguments.split_whitespace().map(str::to_owned).collect();
+        let output = self.run(move || Command::new("ip").args(words).output());
+        let output = output.unwrap_or_else(|e| panic!("the ip command (iproute2): {e}"));
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "on {}: ip {arguments}: {error}", self.name);
+    }
+
+    /// Joins this host and `other` by a wire. On it, this host is 10.`net`.0.1 and fd00:`net`::1,
+    /// the other 10.`net`.0.2 and fd00:`net`::2; both call their device `wire<net>`.
+    ///
+    /// # Panics
+    /// `ip` fails, for example because the number is used already.
+    #[track_caller]
+    pub fn join(&self, other: &Host, net: u8) -> Wire {
+        let peer = other.thread;
+        self.ip(&format!("link add wire{net} type veth peer name wire{net} netns {peer}"));
+        for (host, end) in [(self, 1), (other, 2)] {
+            host.ip(&format!("addr add 10.{net}.0.{end}/24 dev wire{net}"));
+            // Without nodad an address is no use for a second.
+            host.ip(&format!("-6 addr add fd00:{net}::{end}/64 dev wire{net} nodad"));
+            host.ip(&format!("link set wire{net} up"));
+        }
+        Wire { net }
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        self.jobs = None;
+        if let Some(worker) = self.worker.take() {
+            let _ = worker.join();
+        }
+    }
+}
+
+/// A wire between two hosts.
+#[derive(Debug, Clone, Copy)]
+pub struct Wire {
+    net: u8,
+}
+
+impl Wire {
+    /// The name of the device at either end.
+    #[must_use]
+    pub fn device(self) -> String {
+        format!("wire{}", self.net)
+    }
+
+    /// IPv4 address of end 1 (who called [`Host::join`]) or 2.
+    #[must_use]
+    pub fn v4(self, end: u8) -> IpAddr {
+        Ipv4Addr::new(10, self.net, 0, end).into()
+    }
+
+    /// IPv6 address of end 1 (who called [`Host::join`]) or 2.
+    #[must_use]
+    pub fn v6(self, end: u8) -> IpAddr {
+        // The number is read as hexadecimal digits in `join`.
+        let net = u16::from_str_radix(&self.net.to_string(), 16).expect("digits");
+        Ipv6Addr::new(0xfd00, net, 0, 0, 0, 0, 0, u16::from(end)).into()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::peers::{Peer, Upstream};
+
+    #[test]
+    fn hosts_reach_each_other_over_both_families() {
+        let (one, two) = (Host::new("one"), Host::new("two"));
+        let wire = one.join(&two, 12);
+        for ip in [wire.v4(2), wire.v6(2)] {
+            let upstream = two.run(move || Upstream::new(ip));
+            let to = upstream.address();
+            let client = one.run(move || Peer::connect(to));
+            let server = upstream.accept();
+            client.send(b"through the wire");
+            server.receive(b"through the wire");
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "on the other side")]
+    fn a_panic_on_a_host_fails_the_test() {
+        Host::new("one").run(|| panic!("on the other side"));
+    }
+}

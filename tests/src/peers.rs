@@ -1,0 +1,680 @@
+//! The two ends of a relayed connection, both in the test's hand, with all the bad manners that
+//! real peers have: writing byte by byte, not reading, ending one direction only, resetting,
+//! sending urgent data, accepting late or never.
+//!
+//! Methods block, up to [`BOUND`], and panic with what happened instead of what was expected.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpStream};
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use socket2::{Domain, SockRef, Socket, Type};
+
+use crate::stream::{Dice, Stream};
+use crate::wait::{BOUND, until};
+
+const CHUNK: usize = 64 * 1024;
+
+/// Bytes; the kernel doubles it.
+const SMALL_BUFFER: usize = 96 * 1024;
+
+/// Largest number of bytes that may pile up between a writer and a reader that does not read:
+/// one receive and one send buffer of the proxy at their largest, as this kernel allows them,
+/// and 1 MiB for pipes and the peers' own small buffers ([`Peer::shrink_buffers`]).
+///
+/// # Panics
+/// The kernel does not tell.
+#[must_use]
+pub fn backlog_bound() -> u64 {
+    let largest = |name: &str| -> u64 {
+        let path = format!("/proc/sys/net/ipv4/{name}");
+        let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{path}: {e}"));
+        let last = text.split_whitespace().last().and_then(|n| n.parse().ok());
+        last.unwrap_or_else(|| panic!("{path}: {text:?}"))
+    };
+    largest("tcp_rmem") + largest("tcp_wmem") + (1 << 20)
+}
+
+/// How a stream ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ending {
+    /// FIN: the other end said that this is all.
+    Eof,
+    /// RST: cut off.
+    Reset,
+}
+
+/// One end of a connection.
+#[derive(Debug)]
+pub struct Peer {
+    stream: TcpStream,
+    name: &'static str,
+}
+
+impl Peer {
+    /// Connects to `to`, which must answer within [`BOUND`].
+    ///
+    /// # Panics
+    /// It did not.
+    #[track_caller]
+    #[must_use]
+    pub fn connect(to: SocketAddr) -> Self {
+        match Self::try_connect(to) {
+            Ok(peer) => peer,
+            Err(error) => panic!("connecting to {to}: {error}"),
+        }
+    }
+
+    /// Connects to `to`, within [`BOUND`].
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn try_connect(to: SocketAddr) -> std::io::Result<Self> {
+        TcpStream::connect_timeout(&to, BOUND).map(|stream| Self::new(stream, "client"))
+    }
+
+    fn new(stream: TcpStream, name: &'static str) -> Self {
+        let settings =
+            [stream.set_read_timeout(Some(BOUND)), stream.set_write_timeout(Some(BOUND))];
+        assert!(settings.iter().all(Result::is_ok), "{settings:?}");
+        Self { stream, name }
+    }
+
+    /// This end's own address.
+    ///
+    /// # Panics
+    /// Never on a socket that was connected.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.stream.local_addr().expect("a connected socket has an address")
+    }
+
+    /// Sends small writes at once (TCP_NODELAY).
+    ///
+    /// # Panics
+    /// The kernel refuses.
+    pub fn no_delay(&self) {
+        self.stream.set_nodelay(true).expect("TCP_NODELAY");
+    }
+
+    /// Fixes this end's own buffers at a small size, so that most of what a stalled connection
+    /// holds is held by the proxy. (Below loopback's segment size of 64 KiB, a window that opens
+    /// again does so only by probes, five times a second.)
+    ///
+    /// # Panics
+    /// The kernel refuses.
+    pub fn shrink_buffers(&self) {
+        let socket = SockRef::from(&self.stream);
+        socket.set_recv_buffer_size(SMALL_BUFFER).expect("SO_RCVBUF");
+        socket.set_send_buffer_size(SMALL_BUFFER).expect("SO_SNDBUF");
+    }
+
+    /// Sends `bytes`.
+    ///
+    /// # Panics
+    /// They cannot be sent.
+    #[track_caller]
+    pub fn send(&self, bytes: &[u8]) {
+        if let Err(error) = (&self.stream).write_all(bytes) {
+            panic!("the {} cannot send {} bytes: {error}", self.name, bytes.len());
+        }
+    }
+
+    /// Sends the first `len` bytes of the stream of `seed`.
+    ///
+    /// # Panics
+    /// They cannot be sent.
+    #[track_caller]
+    pub fn send_stream(&self, seed: u64, len: u64) {
+        self.send_in_sizes(seed, len, || CHUNK);
+    }
+
+    /// As [`Self::send_stream`], in writes of 1 byte to 64 KiB.
+    ///
+    /// # Panics
+    /// They cannot be sent.
+    #[track_caller]
+    pub fn send_in_random_sizes(&self, seed: u64, len: u64) {
+        let mut dice = Dice::new(seed);
+        self.send_in_sizes(seed, len, || dice.size(CHUNK));
+    }
+
+    /// As [`Self::send_stream`], one byte per segment.
+    ///
+    /// # Panics
+    /// They cannot be sent.
+    #[track_caller]
+    pub fn send_byte_by_byte(&self, seed: u64, len: u64) {
+        self.no_delay();
+        self.send_in_sizes(seed, len, || 1);
+    }
+
+    #[track_caller]
+    fn send_in_sizes(&self, seed: u64, len: u64, mut size: impl FnMut() -> usize) {
+        let mut stream = Stream::new(seed);
+        let mut buffer = [0; CHUNK];
+        while stream.position() < len {
+            let left = usize::try_from(len - stream.position()).unwrap_or(usize::MAX);
+            let chunk = &mut buffer[..size().min(left)];
+            stream.fill(chunk);
+            self.send(chunk);
+        }
+    }
+
+    /// Sends the stream of `seed` until an error comes, which is returned with the bytes that
+    /// this end's socket took before it. The error is [`ErrorKind::WouldBlock`] if nobody took
+    /// anything for [`BOUND`].
+    #[must_use]
+    pub fn send_until_error(&self, seed: u64) -> (u64, std::io::Error) {
+        let mut stream = Stream::new(seed);
+        let mut buffer = [0; CHUNK];
+        loop {
+            stream.peek(&mut buffer);
+            match (&self.stream).write(&buffer) {
+                Ok(sent) => stream.advance(sent),
+                Err(error) => return (stream.position(), error),
+            }
+        }
+    }
+
+    /// Sends one byte as urgent data (MSG_OOB).
+    ///
+    /// # Panics
+    /// It cannot be sent.
+    #[track_caller]
+    pub fn send_urgent(&self, byte: u8) {
+        let sent = SockRef::from(&self.stream).send_out_of_band(&[byte]);
+        assert!(matches!(sent, Ok(1)), "the {} cannot send urgent data: {sent:?}", self.name);
+    }
+
+    /// Takes urgent bytes in their place among the others (SO_OOBINLINE).
+    ///
+    /// # Panics
+    /// The kernel refuses.
+    pub fn take_urgent_inline(&self) {
+        SockRef::from(&self.stream).set_out_of_band_inline(true).expect("SO_OOBINLINE");
+    }
+
+    /// Ends this direction: FIN after all that was sent.
+    ///
+    /// # Panics
+    /// The connection is broken.
+    #[track_caller]
+    pub fn finish(&self) {
+        if let Err(error) = self.stream.shutdown(Shutdown::Write) {
+            panic!("the {} cannot end its direction: {error}", self.name);
+        }
+    }
+
+    /// Breaks the connection: RST at once, whatever was still to be sent.
+    ///
+    /// # Panics
+    /// The kernel refuses.
+    pub fn reset(self) {
+        SockRef::from(&self.stream).set_linger(Some(Duration::ZERO)).expect("SO_LINGER");
+    }
+
+    /// Receives exactly `expected`.
+    ///
+    /// # Panics
+    /// Something else came, or nothing.
+    #[track_caller]
+    pub fn receive(&self, expected: &[u8]) {
+        let mut got = vec![0; expected.len()];
+        if let Err(error) = (&self.stream).read_exact(&mut got) {
+            panic!("the {} waits for {} bytes: {error}", self.name, expected.len());
+        }
+        assert!(
+            got == expected,
+            "the {} got {:?}, not {:?}",
+            self.name,
+            show(&got),
+            show(expected)
+        );
+    }
+
+    /// Receives the first `len` bytes of the stream of `seed`.
+    ///
+    /// # Panics
+    /// Something else came, or nothing.
+    #[track_caller]
+    pub fn receive_stream(&self, seed: u64, len: u64) {
+        self.receive_in_sizes(seed, len, || CHUNK);
+    }
+
+    /// As [`Self::receive_stream`], in reads of at most `size` bytes.
+    ///
+    /// # Panics
+    /// Something else came, or nothing.
+    #[track_caller]
+    pub fn receive_in_sizes(&self, seed: u64, len: u64, mut size: impl FnMut() -> usize) {
+        let mut stream = Stream::new(seed);
+        let mut buffer = [0; CHUNK];
+        while stream.position() < len {
+            let left = usize::try_from(len - stream.position()).unwrap_or(usize::MAX);
+            let most = size().min(left).min(CHUNK);
+            let at = stream.position();
+            match (&self.stream).read(&mut buffer[..most]) {
+                Ok(0) => panic!("the {} got EOF after {at} of {len} bytes", self.name),
+                Ok(got) => self.compare(&mut stream, &buffer[..got]),
+                Err(error) => panic!("the {} after {at} of {len} bytes: {error}", self.name),
+            }
+        }
+    }
+
+    #[track_caller]
+    fn compare(&self, stream: &mut Stream, got: &[u8]) {
+        if let Err(error) = stream.check(got) {
+            panic!("the {} got something else: {error}", self.name);
+        }
+    }
+
+    /// Receives bytes of the stream of `seed` until it ends, and says after how many, and how.
+    ///
+    /// # Panics
+    /// Other bytes came, or no end.
+    #[track_caller]
+    #[must_use]
+    pub fn receive_until_end(&self, seed: u64) -> (u64, Ending) {
+        self.receive_rest(Stream::new(seed))
+    }
+
+    /// As [`Self::receive_until_end`], for a stream of which some was received already; the
+    /// count begins at its first byte all the same.
+    ///
+    /// # Panics
+    /// Other bytes came, or no end.
+    #[track_caller]
+    #[must_use]
+    pub fn receive_rest(&self, mut stream: Stream) -> (u64, Ending) {
+        let mut buffer = [0; CHUNK];
+        loop {
+            match (&self.stream).read(&mut buffer) {
+                Ok(0) => return (stream.position(), Ending::Eof),
+                Ok(got) => self.compare(&mut stream, &buffer[..got]),
+                Err(error) if is_reset(&error) => return (stream.position(), Ending::Reset),
+                Err(error) => panic!("the {} waits for an end: {error}", self.name),
+            }
+        }
+    }
+
+    /// Waits until `count` bytes lie in this end's own buffer, unread.
+    ///
+    /// # Panics
+    /// Fewer came within [`BOUND`].
+    #[track_caller]
+    pub fn await_unread(&self, count: u64) {
+        let what = format!("{count} bytes lie unread at the {}", self.name);
+        until(&what, || rustix::io::ioctl_fionread(&self.stream).is_ok_and(|n| n >= count));
+    }
+
+    /// Receives FIN, and no byte before it.
+    ///
+    /// # Panics
+    /// Something else came, or nothing.
+    #[track_caller]
+    pub fn expect_eof(&self) {
+        match (&self.stream).read(&mut [0; CHUNK]) {
+            Ok(0) => {}
+            Ok(more) => panic!("the {} got {more} bytes instead of the end", self.name),
+            Err(error) => panic!("the {} waits for the end: {error}", self.name),
+        }
+    }
+
+    /// Receives RST, and no byte before it.
+    ///
+    /// # Panics
+    /// Something else came, or nothing.
+    #[track_caller]
+    pub fn expect_reset(&self) {
+        match (&self.stream).read(&mut [0; CHUNK]) {
+            Ok(0) => panic!("the {} got a clean EOF instead of a reset", self.name),
+            Ok(more) => panic!("the {} got {more} bytes instead of a reset", self.name),
+            Err(error) if is_reset(&error) => {}
+            Err(error) => panic!("the {} waits for a reset: {error}", self.name),
+        }
+    }
+
+    /// Learns of RST without reading, so also behind unread bytes, and after the other end's FIN,
+    /// where `read` says nothing but EOF any more.
+    ///
+    /// # Panics
+    /// No RST came.
+    #[track_caller]
+    pub fn expect_reset_unread(&self) {
+        let timeout = Timespec { tv_sec: BOUND.as_secs() as i64, tv_nsec: 0 };
+        let mut fds = [PollFd::new(&self.stream, PollFlags::empty())];
+        let ready = poll(&mut fds, Some(&timeout));
+        assert!(matches!(ready, Ok(1)), "the {} waits for a reset in vain", self.name);
+        // EPIPE is what Linux calls a reset that follows the other end's FIN.
+        match self.stream.take_error() {
+            Ok(Some(error)) if is_reset(&error) => {}
+            other => panic!("the {} saw no reset but {other:?}", self.name),
+        }
+    }
+
+    /// Sends the stream of `seed` without ever blocking, until nothing has moved for a second;
+    /// says how many bytes left.
+    ///
+    /// # Panics
+    /// More than `bound` bytes left: somebody keeps them.
+    #[track_caller]
+    #[must_use]
+    pub fn fill(&self, seed: u64, bound: u64) -> u64 {
+        fill_all(&[self], seed, bound)[0]
+    }
+
+    /// Sends what fits now, returns how many bytes did.
+    #[track_caller]
+    fn send_what_fits(&self, stream: &mut Stream, bound: u64) -> u64 {
+        let before = stream.position();
+        let mut buffer = [0; CHUNK];
+        loop {
+            stream.peek(&mut buffer);
+            let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+            match SockRef::from(&self.stream).send_with_flags(&buffer, flags) {
+                Ok(sent) => stream.advance(sent),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                Err(error) => panic!("the {} pushes: {error}", self.name),
+            }
+            let sent = stream.position();
+            assert!(sent <= bound, "{sent} bytes went to a peer that reads nothing");
+        }
+        stream.position() - before
+    }
+}
+
+/// [`Peer::fill`] for many peers at once, all with the stream of `seed`.
+///
+/// # Panics
+/// More than `bound` bytes of one peer left.
+#[track_caller]
+#[must_use]
+pub fn fill_all(peers: &[&Peer], seed: u64, bound: u64) -> Vec<u64> {
+    const QUIET: Duration = Duration::from_secs(1);
+    let mut streams = vec![Stream::new(seed); peers.len()];
+    let mut moved = Instant::now();
+    while moved.elapsed() < QUIET {
+        for (peer, stream) in peers.iter().zip(&mut streams) {
+            if peer.send_what_fits(stream, bound) > 0 {
+                moved = Instant::now();
+            }
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    streams.iter().map(Stream::position).collect()
+}
+
+fn is_reset(error: &std::io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::ConnectionReset | ErrorKind::BrokenPipe)
+}
+
+fn show(bytes: &[u8]) -> String {
+    let head = &bytes[..bytes.len().min(64)];
+    String::from_utf8_lossy(head).into_owned()
+}
+
+/// A server's listening socket; it accepts when it is told to, and not before.
+#[derive(Debug)]
+pub struct Upstream {
+    listener: Socket,
+    address: SocketAddr,
+}
+
+impl Upstream {
+    /// Listens on a port of `ip` that the kernel chooses.
+    ///
+    /// # Panics
+    /// That is not possible.
+    #[track_caller]
+    #[must_use]
+    pub fn new(ip: IpAddr) -> Self {
+        ClosedPort::new(ip).open()
+    }
+
+    /// Where it listens.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Takes the next connection, waiting for it.
+    ///
+    /// # Panics
+    /// None came within [`BOUND`].
+    #[track_caller]
+    #[must_use]
+    pub fn accept(&self) -> Peer {
+        match self.accept_within(BOUND) {
+            Some(peer) => peer,
+            None => panic!("no connection reached {} within {BOUND:?}", self.address),
+        }
+    }
+
+    /// Takes the next connection if one comes within `bound`.
+    ///
+    /// # Panics
+    /// The kernel refuses.
+    #[track_caller]
+    #[must_use]
+    pub fn accept_within(&self, bound: Duration) -> Option<Peer> {
+        let timeout =
+            Timespec { tv_sec: bound.as_secs() as i64, tv_nsec: i64::from(bound.subsec_nanos()) };
+        let mut fds = [PollFd::from_borrowed_fd(self.listener.as_fd(), PollFlags::IN)];
+        match poll(&mut fds, Some(&timeout)) {
+            Ok(0) => return None,
+            Ok(_) => {}
+            Err(error) => panic!("waiting at {}: {error}", self.address),
+        }
+        match self.listener.accept() {
+            Ok((socket, _)) => Some(Peer::new(socket.into(), "server")),
+            Err(error) => panic!("accepting at {}: {error}", self.address),
+        }
+    }
+
+    /// Stops listening; connections in the queue are reset, the address stays ours.
+    ///
+    /// # Panics
+    /// The address is lost to somebody else.
+    #[track_caller]
+    #[must_use]
+    pub fn close(self) -> ClosedPort {
+        let address = self.address;
+        drop(self);
+        ClosedPort::bind(address)
+    }
+}
+
+/// An address that answers every SYN with RST, and stays ours meanwhile.
+#[derive(Debug)]
+pub struct ClosedPort {
+    socket: Socket,
+    address: SocketAddr,
+}
+
+impl ClosedPort {
+    /// A port of `ip` that the kernel chooses.
+    ///
+    /// # Panics
+    /// That is not possible.
+    #[track_caller]
+    #[must_use]
+    pub fn new(ip: IpAddr) -> Self {
+        Self::bind(SocketAddr::new(ip, 0))
+    }
+
+    #[track_caller]
+    fn bind(address: SocketAddr) -> Self {
+        match Self::try_bind(address) {
+            Ok(port) => port,
+            Err(error) => panic!("binding {address}: {error}"),
+        }
+    }
+
+    /// Takes just this address.
+    ///
+    /// # Errors
+    /// It is somebody else's.
+    ///
+    /// # Panics
+    /// This machine does not know the family.
+    pub fn try_bind(address: SocketAddr) -> std::io::Result<Self> {
+        let socket = Socket::new(Domain::for_address(address), Type::STREAM.cloexec(), None)
+            .expect("a TCP socket");
+        socket.set_reuse_address(true).expect("SO_REUSEADDR");
+        socket.bind(&address.into())?;
+        let address = socket.local_addr().ok().and_then(|a| a.as_socket());
+        Ok(Self { socket, address: address.expect("a bound socket has an address") })
+    }
+
+    /// Where nobody listens.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Begins to listen.
+    ///
+    /// # Panics
+    /// That is not possible.
+    #[track_caller]
+    #[must_use]
+    pub fn open(self) -> Upstream {
+        self.socket.listen(4096).expect("listen");
+        Upstream { listener: self.socket, address: self.address }
+    }
+}
+
+/// An address that swallows every SYN: a listener whose accept queue is full.
+#[derive(Debug)]
+pub struct Blackhole {
+    upstream: Upstream,
+    fillers: usize,
+}
+
+impl Blackhole {
+    /// A port of `ip` that the kernel chooses.
+    ///
+    /// # Panics
+    /// The queue cannot be filled.
+    #[track_caller]
+    #[must_use]
+    pub fn new(ip: IpAddr) -> Self {
+        let port = ClosedPort::new(ip);
+        port.socket.listen(0).expect("listen");
+        let upstream = Upstream { listener: port.socket, address: port.address };
+        let swallowed = Duration::from_millis(300);
+        for fillers in 0..8 {
+            // The client's end may go: what was established stays in the queue.
+            match TcpStream::connect_timeout(&upstream.address, swallowed) {
+                Ok(_) => {}
+                Err(e) if e.kind() == ErrorKind::TimedOut => return Self { upstream, fillers },
+                Err(error) => panic!("filling the queue of {}: {error}", upstream.address),
+            }
+        }
+        panic!("the queue of {} does not fill up", upstream.address);
+    }
+
+    /// Where nothing answers.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.upstream.address
+    }
+
+    /// Answers from now on, also those SYNs that are sent again.
+    ///
+    /// # Panics
+    /// That is not possible.
+    #[track_caller]
+    #[must_use]
+    pub fn answer(self) -> Upstream {
+        for _ in 0..self.fillers {
+            drop(self.upstream.accept());
+        }
+        self.upstream.listener.listen(4096).expect("listen");
+        self.upstream
+    }
+}
+
+/// A connection that does not pass through the proxy, for trying out a peer's manners.
+///
+/// # Panics
+/// Loopback is not there.
+#[must_use]
+pub fn direct_pair() -> (Peer, Peer) {
+    let upstream = Upstream::new(IpAddr::V4(Ipv4Addr::LOCALHOST));
+    let client = Peer::connect(upstream.address());
+    (client, upstream.accept())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ends_are_told_apart() {
+        let (client, server) = direct_pair();
+        client.send_stream(1, 10_000);
+        client.finish();
+        assert_eq!(server.receive_until_end(1), (10_000, Ending::Eof));
+        client.reset();
+        server.expect_reset_unread();
+
+        let (client, server) = direct_pair();
+        server.reset();
+        client.expect_reset();
+    }
+
+    #[test]
+    fn a_reset_is_seen_behind_unread_bytes() {
+        let (client, server) = direct_pair();
+        client.send(b"unread");
+        client.reset();
+        server.expect_reset_unread();
+    }
+
+    #[test]
+    #[should_panic(expected = "clean EOF instead of a reset")]
+    fn an_end_is_no_reset() {
+        let (client, server) = direct_pair();
+        drop(client);
+        server.expect_reset();
+    }
+
+    #[test]
+    #[should_panic(expected = "byte 5 of stream 1")]
+    fn wrong_bytes_are_noticed() {
+        let (client, server) = direct_pair();
+        let mut bytes = [0; 10];
+        Stream::new(1).fill(&mut bytes);
+        bytes[5] ^= 0xff;
+        client.send(&bytes);
+        server.receive_stream(1, 10);
+    }
+
+    #[test]
+    fn a_blackhole_swallows_and_answers_later() {
+        for ip in ["127.0.0.1", "::1"] {
+            let hole = Blackhole::new(ip.parse().expect("an address"));
+            let to = hole.address();
+            let swallowed = TcpStream::connect_timeout(&to, Duration::from_millis(200));
+            assert_eq!(swallowed.expect_err("swallowed").kind(), ErrorKind::TimedOut);
+            std::thread::scope(|threads| {
+                let client = threads.spawn(|| Peer::connect(to));
+                let upstream = hole.answer();
+                let _server = upstream.accept();
+                client.join().expect("answered in the end");
+            });
+        }
+    }
+
+    #[test]
+    fn filling_stops_at_a_reader_that_does_not_read() {
+        let (client, server) = direct_pair();
+        let sent = client.fill(9, backlog_bound() * 2);
+        client.finish();
+        assert_eq!(server.receive_until_end(9), (sent, Ending::Eof));
+    }
+}

@@ -1,0 +1,103 @@
+//! The contract: what holds for every engine, over IPv4 and IPv6 alike.
+//!
+//! One client, the proxy, one server; the test holds both ends and is as nasty as peers get.
+//! The list at the bottom is the contract in short; an engine is added to it by one line.
+
+mod dialling;
+mod endings;
+mod killed;
+mod resets;
+mod setting;
+mod stalls;
+mod streams;
+mod upstreams;
+mod urgent;
+
+/// Makes each of the tests once per engine and family, such as
+/// `splice_v4::one_byte_at_a_time_both_ways`.
+macro_rules! contract {
+    ({ $($name:ident: $engine:literal, $ip:literal;)* } $tests:tt) => {
+        $(contract!(@module $name, $engine, $ip, $tests);)*
+    };
+    (@module $name:ident, $engine:literal, $ip:literal, { $($topic:ident::$test:ident,)* }) => {
+        mod $name {
+            $(
+                #[test]
+                fn $test() {
+                    crate::$topic::$test(crate::setting::Setting::new($engine, $ip));
+                }
+            )*
+        }
+    };
+}
+
+contract! {
+    {
+        copy_v4: "copy", "127.0.0.1";
+        copy_v6: "copy", "::1";
+        splice_v4: "splice", "127.0.0.1";
+        splice_v6: "splice", "::1";
+    }
+    {
+        // Every byte arrives once and in order, each way.
+        streams::two_hundred_megabytes_each_way_at_once,
+        streams::writes_of_every_size_both_ways,
+        streams::one_byte_at_a_time_both_ways,
+        streams::ping_pong,
+        streams::bulk_and_single_bytes_by_turns,
+        streams::a_thousand_connections_at_once,
+        streams::the_server_speaks_first,
+        urgent::an_urgent_byte_arrives_in_its_place,
+        urgent::urgent_bytes_in_the_middle_of_bulk,
+        urgent::a_lone_urgent_byte_is_not_held_back,
+        urgent::an_urgent_byte_right_before_the_end,
+
+        // An end of one direction passes through, after all bytes; the other direction goes on.
+        endings::half_close_from_client_keeps_the_other_direction,
+        endings::half_close_from_server_keeps_the_other_direction,
+        endings::an_end_waits_for_all_bytes_before_a_slow_reader,
+        endings::both_directions_end_at_once_with_bytes_under_way,
+        endings::a_connection_without_bytes_ends_cleanly,
+        endings::a_client_gone_before_the_server_accepts,
+        endings::a_server_that_closes_at_once,
+        endings::a_request_that_ends_while_dialling_is_still_served,
+
+        // An abnormal end is passed on as RST and never looks like a clean one.
+        resets::before_any_byte,
+        resets::in_the_middle_of_a_transfer,
+        resets::from_a_reader_in_the_middle_of_a_transfer,
+        resets::after_its_own_end,
+        resets::after_the_end_of_the_other_side,
+        resets::while_the_other_side_is_stalled,
+        resets::from_the_stalled_side,
+        resets::by_a_peer_that_closed_while_bytes_were_on_their_way,
+        resets::by_a_peer_that_closed_with_bytes_unread,
+        killed::while_idle,
+        killed::in_the_middle_of_transfers,
+        killed::after_one_direction_ended,
+        killed::while_a_reader_is_stalled,
+        killed::with_an_end_still_behind_the_backlog,
+        killed::before_the_server_read_anything,
+        killed::while_dialling,
+
+        // Memory is bounded when a reader stalls, the writer is slowed, nothing is lost.
+        stalls::a_stalled_reader_slows_the_writer_and_loses_nothing,
+        stalls::both_directions_stalled_at_once,
+        stalls::fifty_stalled_connections_cost_no_memory,
+        stalls::three_hundred_stalled_connections_do_not_starve_a_healthy_one,
+
+        // Reaching the server, or saying at once that it cannot be reached.
+        dialling::a_refused_client_is_reset_at_once,
+        dialling::a_blackholed_client_is_reset_after_the_time_out,
+        dialling::a_late_server_gets_everything,
+        dialling::a_client_that_leaves_while_dialling_is_noticed,
+        dialling::a_server_that_dies_takes_its_connections_along,
+        dialling::a_name_is_resolved,
+        dialling::a_name_that_does_not_resolve,
+        upstreams::the_next_one_is_used_when_the_first_refuses,
+        upstreams::the_next_one_is_tried_within_the_time_out,
+        upstreams::a_failed_one_is_tried_last_for_a_while,
+        upstreams::a_failed_one_is_still_better_than_none,
+        upstreams::all_refuse,
+    }
+}
