@@ -32,6 +32,11 @@ const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
 const KEEPALIVE_PROBES: u32 = 3;
 /// How long sent bytes may stay unacknowledged before the peer counts as dead.
 pub const USER_TIMEOUT: Duration = Duration::from_secs(60);
+/// Bytes that may wait in a send queue without being on their way. Without this bound a reader that
+/// stalls would make the kernel queue as much as tcp_wmem allows (4 MiB and more), on top of what
+/// already waits at the source; enough of them, and the host runs into TCP memory pressure, which
+/// hurts everybody on it. In `ARCHITECTURE.md` are the measurements.
+const UNSENT_BYTES: u32 = 256 * 1024;
 /// Connections waiting to be accepted; the kernel caps it at net.core.somaxconn.
 const BACKLOG: i32 = 4096;
 
@@ -252,7 +257,8 @@ fn prepare(socket: &SockRef<'_>) -> io::Result<()> {
         .with_interval(KEEPALIVE_INTERVAL)
         .with_retries(KEEPALIVE_PROBES);
     socket.set_tcp_keepalive(&keepalive)?;
-    socket.set_tcp_user_timeout(Some(USER_TIMEOUT))
+    socket.set_tcp_user_timeout(Some(USER_TIMEOUT))?;
+    socket.set_tcp_notsent_lowat(UNSENT_BYTES)
 }
 
 struct TcpInfo {
@@ -314,6 +320,7 @@ mod tests {
         assert!(accepted.keepalive().expect("asks"));
         assert_eq!(accepted.tcp_keepalive_time().expect("asks"), KEEPALIVE_IDLE);
         assert_eq!(accepted.tcp_user_timeout().expect("asks"), Some(USER_TIMEOUT));
+        assert_eq!(accepted.tcp_notsent_lowat().expect("asks"), UNSENT_BYTES);
     }
 
     #[test]

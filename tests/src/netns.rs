@@ -87,6 +87,19 @@ impl Host {
         assert!(output.status.success(), "on {}: ip {arguments}: {error}", self.name);
     }
 
+    /// Sets `net.<name>` (as in `ipv4.tcp_wmem`) to `value` on this host alone.
+    ///
+    /// # Panics
+    /// The kernel refuses, or has no such setting.
+    #[track_caller]
+    pub fn sysctl(&self, name: &str, value: &str) {
+        let path = format!("/proc/sys/net/{}", name.replace('.', "/"));
+        let (file, text) = (path.clone(), value.to_owned());
+        if let Err(error) = self.run(move || std::fs::write(file, text)) {
+            panic!("on {}: {path} = {value:?}: {error}", self.name);
+        }
+    }
+
     /// Joins this host and `other` by a wire. On it, this host is 10.`net`.0.1 and fd00:`net`::1,
     /// the other 10.`net`.0.2 and fd00:`net`::2; both call their device `wire<net>`.
     ///

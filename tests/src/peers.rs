@@ -51,6 +51,8 @@ pub enum Ending {
 pub struct Peer {
     stream: TcpStream,
     name: &'static str,
+    /// RST was so quick that it ended `connect` itself, which has told of it already.
+    reset_early: bool,
 }
 
 impl Peer {
@@ -67,19 +69,26 @@ impl Peer {
         }
     }
 
-    /// Connects to `to`, within [`BOUND`].
+    /// Connects to `to`, within [`BOUND`]. A reset right after the handshake is no error here;
+    /// it is told by [`Self::expect_reset`].
     ///
     /// # Errors
     /// The kernel's.
     pub fn try_connect(to: SocketAddr) -> std::io::Result<Self> {
-        TcpStream::connect_timeout(&to, BOUND).map(|stream| Self::new(stream, "client"))
+        let socket = Socket::new(Domain::for_address(to), Type::STREAM.cloexec(), None)?;
+        let reset_early = match socket.connect_timeout(&to.into(), BOUND) {
+            Ok(()) => false,
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => true,
+            Err(error) => return Err(error),
+        };
+        Ok(Self { reset_early, ..Self::new(socket.into(), "client") })
     }
 
     fn new(stream: TcpStream, name: &'static str) -> Self {
         let settings =
             [stream.set_read_timeout(Some(BOUND)), stream.set_write_timeout(Some(BOUND))];
         assert!(settings.iter().all(Result::is_ok), "{settings:?}");
-        Self { stream, name }
+        Self { stream, name, reset_early: false }
     }
 
     /// This end's own address.
@@ -310,6 +319,21 @@ impl Peer {
         until(&what, || rustix::io::ioctl_fionread(&self.stream).is_ok_and(|n| n >= count));
     }
 
+    /// Whether `count` bytes lie in this end's own buffer, unread, within `bound`.
+    #[must_use]
+    pub fn unread_within(&self, count: u64, bound: Duration) -> bool {
+        let deadline = Instant::now() + bound;
+        loop {
+            if rustix::io::ioctl_fionread(&self.stream).is_ok_and(|n| n >= count) {
+                return true;
+            }
+            if Instant::now() > deadline {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
     /// Receives FIN, and no byte before it.
     ///
     /// # Panics
@@ -330,6 +354,7 @@ impl Peer {
     #[track_caller]
     pub fn expect_reset(&self) {
         match (&self.stream).read(&mut [0; CHUNK]) {
+            Ok(0) if self.reset_early => {}
             Ok(0) => panic!("the {} got a clean EOF instead of a reset", self.name),
             Ok(more) => panic!("the {} got {more} bytes instead of a reset", self.name),
             Err(error) if is_reset(&error) => {}

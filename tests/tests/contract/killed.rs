@@ -1,5 +1,6 @@
 //! `kill -9` of the proxy at every stage: both sides get RST, never a clean end.
 
+use std::io::ErrorKind::ConnectionReset;
 use std::sync::Barrier;
 use std::thread;
 
@@ -22,27 +23,29 @@ pub fn while_idle(at: Setting) {
 pub fn in_the_middle_of_transfers(at: Setting) {
     const SOME: u64 = 2_000_000;
     let Relayed { mut proxy, client, server, .. } = at.relayed();
-    let well_on_its_way = &Barrier::new(3);
+    let well_on_its_way = Barrier::new(3);
+    let read = |reader: &Peer, seed| {
+        reader.receive_stream(seed, SOME);
+        well_on_its_way.wait();
+        let mut stream = Stream::new(seed);
+        stream.advance(SOME as usize);
+        reader.receive_rest(stream).1
+    };
     thread::scope(|threads| {
-        for (writer, seed) in [(&client, 1), (&server, 2)] {
-            threads.spawn(move || {
-                let (_, error) = writer.send_until_error(seed);
-                assert_ne!(error.kind(), std::io::ErrorKind::WouldBlock, "stuck: {error}");
-            });
-        }
-        let readers = [(&server, 1), (&client, 2)].map(|(reader, seed)| {
-            threads.spawn(move || {
-                reader.receive_stream(seed, SOME);
-                well_on_its_way.wait();
-                let mut stream = Stream::new(seed);
-                stream.advance(SOME as usize);
-                let (received, ending) = reader.receive_rest(stream);
-                assert_eq!(ending, Ending::Reset, "after {received} bytes");
-            })
+        let ends = [(&client, 1, 2), (&server, 2, 1)].map(|(peer, out, back)| {
+            let read = &read;
+            let writing = threads.spawn(move || peer.send_until_error(out).1);
+            (writing, threads.spawn(move || read(peer, back)))
         });
         well_on_its_way.wait();
         proxy.kill9();
-        readers.into_iter().for_each(|reader| reader.join().expect("a reset at each end"));
+        for (writing, reading) in ends {
+            let error = writing.join().expect("an error");
+            let ending = reading.join().expect("an end");
+            // The kernel tells of a reset once, here or there; a clean end it never calls so.
+            let reset = error.kind() == ConnectionReset || ending == Ending::Reset;
+            assert!(reset, "writing ended with {error}, reading with {ending:?}");
+        }
     });
 }
 

@@ -1,0 +1,175 @@
+//! Limits: of connections, of descriptors, and what an idle connection may cost.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use proxy_tests::peers::{Peer, Upstream};
+use proxy_tests::process::need_open_files;
+use proxy_tests::proxy::{Launch, Proxy};
+use proxy_tests::wait::{eventually, until};
+
+const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
+const ENGINES: [&str; 2] = ["copy", "splice"];
+
+/// One more connection through `proxy`, which has carried a byte each way.
+#[track_caller]
+fn served(proxy: &Proxy, upstream: &Upstream) -> (Peer, Peer) {
+    let client = Peer::connect(proxy.address());
+    let server = upstream.accept();
+    ping(&client, &server);
+    (client, server)
+}
+
+#[track_caller]
+fn ping(client: &Peer, server: &Peer) {
+    client.send(b"ping");
+    server.receive(b"ping");
+    server.send(b"pong");
+    client.receive(b"pong");
+}
+
+#[test]
+fn clients_over_the_limit_are_refused_at_once_and_counted() {
+    let upstream = Upstream::new(LOOPBACK);
+    let proxy = Launch::new(upstream.address()).flag("max-connections", 3).start();
+    let mut live: Vec<_> = (0..3).map(|_| served(&proxy, &upstream)).collect();
+    for _ in 0..2 {
+        let refused = Peer::connect(proxy.address());
+        refused.expect_reset();
+        assert_eq!(proxy.ended_of(refused.address()).reason, "over_limit");
+    }
+    let labels = [("engine", "none"), ("reason", "over_limit")];
+    proxy.await_metric("connections_ended_total", &labels, 2.0);
+    proxy.await_metric("connections_accepted_total", &[], 5.0);
+    live.iter().for_each(|(client, server)| ping(client, server));
+    // A place that becomes free is given away again.
+    let (client, server) = live.pop().expect("three of them");
+    let gone = client.address();
+    drop((client, server));
+    assert!(proxy.ended_of(gone).reason.ends_with("_closed"));
+    let (client, server) = served(&proxy, &upstream);
+    ping(&client, &server);
+    assert!(upstream.accept_within(Duration::ZERO).is_none(), "a refused one reached the server");
+}
+
+#[test]
+fn accepting_goes_on_when_descriptors_are_free_again() {
+    const FILES: u64 = 64;
+    let upstream = Upstream::new(LOOPBACK);
+    let proxy = Launch::new(upstream.address()).flag("engine", "copy").open_files(FILES).start();
+    let clients: Vec<_> = (0..FILES).map(|_| Peer::connect(proxy.address())).collect();
+    let ran_out = |line: &serde_json::Value| {
+        line["message"].as_str().is_some_and(|text| text.contains("cannot accept"))
+    };
+    proxy.log_line("the proxy runs out of descriptors", ran_out);
+
+    // It waits instead of trying without end.
+    let (before, since) = (proxy.process().cpu_ticks(), Instant::now());
+    thread::sleep(Duration::from_secs(3));
+    let (ticks, wall) =
+        (proxy.process().cpu_ticks() - before, since.elapsed().as_secs_f64() * 100.0);
+    assert!((ticks as f64) < wall / 4.0, "{ticks} ticks of CPU time in {wall} of waiting");
+
+    // Those that got through work meanwhile.
+    let served = std::iter::from_fn(|| upstream.accept_within(Duration::from_millis(200)));
+    let servers: Vec<_> = served.collect();
+    assert!(!servers.is_empty(), "nobody was served");
+    servers.iter().for_each(|server| server.send(b"hello"));
+
+    // When they leave, all that wait in the queue are served or told; nobody hangs.
+    drop((servers, clients));
+    until("descriptors are free again", || proxy.process().open_files() < FILES as usize / 2);
+    let errors = proxy.metric("accept_errors_total", &[("cause", "process_descriptors")]);
+    assert!((1.0..1_000.0).contains(&errors), "{errors} failed accepts were counted");
+    let client = Peer::connect(proxy.address());
+    client.send(b"at last");
+    // The queue may still hold some of those that have left.
+    let server = eventually("the new client is served", || {
+        let server = upstream.accept();
+        server.unread_within(7, Duration::from_millis(500)).then_some(server)
+    });
+    server.receive(b"at last");
+    server.send(b"welcome");
+    client.receive(b"welcome");
+}
+
+/// Many connections that have moved some bytes and then nothing more.
+fn idle(proxy: &Proxy, upstream: &Upstream, count: usize) -> Vec<(Peer, Peer)> {
+    let pairs: Vec<_> = (0..count).map(|_| served(proxy, upstream)).collect();
+    for (client, server) in &pairs {
+        client.send_stream(1, 100_000);
+        server.receive_stream(1, 100_000);
+        server.send_stream(2, 100_000);
+        client.receive_stream(2, 100_000);
+    }
+    pairs
+}
+
+#[test]
+fn an_idle_connection_costs_less_than_two_kibibytes() {
+    const CONNECTIONS: usize = 2_000;
+    need_open_files(2 * CONNECTIONS as u64 + 500);
+    for engine in ENGINES {
+        let upstream = Upstream::new(LOOPBACK);
+        let proxy = Launch::new(upstream.address()).flag("engine", engine).start();
+        // What the first ones need once and for all (threads, pipes, the allocator's arenas) is
+        // not the price of one more.
+        let _first = idle(&proxy, &upstream, 100);
+        let before = proxy.process().private_memory();
+        let _pairs = idle(&proxy, &upstream, CONNECTIONS);
+        let grown = proxy.process().private_memory().saturating_sub(before);
+        let each = grown / CONNECTIONS as u64;
+        println!("{engine}: {each} bytes for each idle connection");
+        assert!(each < 2048, "{engine}: {each} bytes for each of {CONNECTIONS} idle connections");
+    }
+}
+
+#[test]
+fn idle_connections_cause_no_wake_ups() {
+    thread::scope(|threads| {
+        for engine in ENGINES {
+            threads.spawn(move || stays_asleep(engine));
+        }
+    });
+}
+
+fn stays_asleep(engine: &str) {
+    const WINDOW: Duration = Duration::from_secs(5);
+    let upstream = Upstream::new(LOOPBACK);
+    let proxy = Launch::new(upstream.address()).flag("engine", engine).start();
+    let _pairs = idle(&proxy, &upstream, 200);
+    let mut windows = Vec::new();
+    // What is done once after bytes have moved may be done first, whenever that is; but then
+    // comes a time longer than any period that a timer might have.
+    while windows.len() < 20 {
+        let before = proxy.process().sleeps();
+        thread::sleep(WINDOW);
+        windows.push(proxy.process().sleeps() - before);
+        if windows.len() >= 5 && windows[windows.len() - 5..].iter().sum::<u64>() <= 5 {
+            return;
+        }
+    }
+    panic!("{engine}: idle connections cause wake-ups; in windows of {WINDOW:?}: {windows:?}");
+}
+
+#[test]
+fn an_idle_timeout_ends_idle_connections_and_no_others() {
+    for engine in ENGINES {
+        let upstream = Upstream::new(LOOPBACK);
+        let launch = Launch::new(upstream.address()).flag("engine", engine);
+        let proxy = launch.flag("idle-timeout", "2s").start();
+        let (idle, server_of_idle) = served(&proxy, &upstream);
+        let (busy, server_of_busy) = served(&proxy, &upstream);
+        let busy_until = Instant::now() + Duration::from_secs(6);
+        while Instant::now() < busy_until {
+            ping(&busy, &server_of_busy);
+            thread::sleep(Duration::from_millis(50));
+        }
+        idle.expect_reset();
+        server_of_idle.expect_reset();
+        let ended = proxy.ended();
+        assert_eq!(ended.reason, "idle_timeout");
+        assert!(ended.duration_ms >= 2_000.0, "too early: {ended:?}");
+    }
+}
