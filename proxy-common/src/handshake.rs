@@ -117,7 +117,7 @@ pub struct Pending {
 pub enum Counter {
     /// A handshake segment went by without an event: the ring buffer was full.
     Lost = 0,
-    /// A handshake segment whose header could not be read.
+    /// A TCP segment whose headers could not be read, or do not fit into it.
     Unreadable = 1,
 }
 
