@@ -23,6 +23,7 @@ const SUITES: &[(Tier, &str)] = &[
     (Tier::Contract, "limits"),
     (Tier::Contract, "drain"),
     (Tier::Contract, "contract"),
+    (Tier::Kernel, "observer"),
     (Tier::Kernel, "check"),
     (Tier::Kube, "apiserver_smoke"),
 ];
