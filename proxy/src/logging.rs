@@ -16,9 +16,10 @@ const BUFFERED_LINES: usize = 8192;
 #[must_use]
 pub fn init(format: LogFormat, verbosity: u8) -> WorkerGuard {
     let level = match verbosity {
-        0..=3 => "info",
-        4..=5 => "info,proxy=debug,access=debug,kube=debug",
-        _ => "debug,proxy=trace,kube=trace",
+        // The reconciler tells in its own words what kube's crates would say once per attempt.
+        0..=3 => "info,kube_client=off,kube_runtime=off",
+        4..=5 => "info,proxy=debug,access=debug,kube_client=debug,kube_runtime=debug",
+        _ => "debug,proxy=trace,kube_client=trace,kube_runtime=trace",
     };
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
     let (writer, guard) = NonBlockingBuilder::default()

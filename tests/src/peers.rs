@@ -7,6 +7,7 @@
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpStream};
 use std::os::fd::AsFd;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -702,4 +703,13 @@ mod tests {
         client.finish();
         assert_eq!(server.receive_until_end(9), (sent, Ending::Eof));
     }
+}
+
+/// Runs both at once and fails when either does.
+#[track_caller]
+pub fn both(one: impl FnOnce() + Send, other: impl FnOnce() + Send) {
+    thread::scope(|threads| {
+        threads.spawn(one);
+        threads.spawn(other);
+    });
 }

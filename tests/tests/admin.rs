@@ -3,7 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
-use proxy_tests::peers::{ClosedPort, Peer, Upstream};
+use proxy_tests::peers::{ClosedPort, Peer, Upstream, both};
 use proxy_tests::proxy::{Launch, Proxy};
 use proxy_tests::wait::{eventually, until};
 
@@ -14,10 +14,8 @@ const V6: IpAddr = IpAddr::V6(Ipv6Addr::LOCALHOST);
 fn exchange(proxy: &Proxy, upstream: &Upstream, up: u64, down: u64) -> SocketAddr {
     let client = Peer::connect(proxy.address());
     let server = upstream.accept();
-    client.send_stream(1, up);
-    server.receive_stream(1, up);
-    server.send_stream(2, down);
-    client.receive_stream(2, down);
+    both(|| client.send_stream(1, up), || server.receive_stream(1, up));
+    both(|| server.send_stream(2, down), || client.receive_stream(2, down));
     client.finish();
     server.expect_eof();
     server.finish();

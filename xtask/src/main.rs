@@ -1,6 +1,7 @@
 //! Set-up, builds, demo and tests: `cargo xtask <verb>`. A file per verb.
 
 mod build_ebpf;
+mod demo;
 mod kube_bins;
 mod packages;
 mod setup;
@@ -19,6 +20,8 @@ enum Verb {
     Setup(setup::Flags),
     /// Build the kernel programs into target/ebpf (a plain cargo build does it as well)
     BuildEbpf(build_ebpf::Flags),
+    /// Set up, then relay real HTTPS traffic and compare it with the direct way; no cluster needed
+    Demo(demo::Flags),
     /// Set up, then run format, lints, documentation and all tests
     Test(test::Flags),
 }
@@ -27,6 +30,7 @@ fn main() -> ExitCode {
     let outcome = match Verb::parse() {
         Verb::Setup(flags) => setup::run(&flags),
         Verb::BuildEbpf(flags) => build_ebpf::run(&flags),
+        Verb::Demo(flags) => demo::run(&flags),
         Verb::Test(flags) => test::run(&flags),
     };
     match outcome {

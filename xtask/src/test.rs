@@ -14,6 +14,9 @@ use crate::kube_bins;
 use crate::setup::{self, Scope};
 use crate::shell::{cargo, root, run as sh, say, target};
 
+/// What the suites run, below the target folder.
+const PROGRAM: &str = "debug/steward-tcp-proxy";
+
 /// Every file of `tests/tests` and `proxy/tests`, by what it needs, quick ones first. To add a
 /// suite, name its file here.
 const SUITES: &[(Tier, &str)] = &[
@@ -26,6 +29,7 @@ const SUITES: &[(Tier, &str)] = &[
     (Tier::Kernel, "observer"),
     (Tier::Kernel, "check"),
     (Tier::Kube, "apiserver_smoke"),
+    (Tier::Kube, "endpoints_real"),
 ];
 
 /// What a step needs, and so when it can run.
@@ -33,9 +37,9 @@ const SUITES: &[(Tier, &str)] = &[
 pub enum Tier {
     /// Format, lints, documentation, unit tests: no privilege
     Unit,
-    /// The program against nasty peers: no privilege, but for the tests that say they need root
+    /// The program against nasty peers over loopback; what needs a host of its own, root
     Contract,
-    /// Namespaces and kernel programs: root
+    /// Namespaces, kernel programs and the demo: root
     Kernel,
     /// A real API server: Go, or its programs in KUBEBUILDER_ASSETS
     Kube,
@@ -75,7 +79,17 @@ pub fn run(flags: &Flags) -> Result<()> {
     for &(tier, suite) in SUITES.iter().filter(|(tier, _)| wants(*tier)) {
         report.step(&format!("suite {suite}"), || run_suite(tier, suite));
     }
+    if wants(Tier::Kernel) {
+        report.step("demo", demo);
+    }
     report.end(begun.elapsed())
+}
+
+/// The README's other command, with the program as the suites use it: not optimized, so its
+/// figures mean nothing here, but all that it checks is checked.
+fn demo() -> Result<()> {
+    let this = std::env::current_exe().context("cannot find this program")?;
+    sh(Command::new(this).arg("demo").arg("--proxy").arg(target().join(PROGRAM)))
 }
 
 /// No step names packages: which ones are built decides which features their dependencies have,
@@ -123,7 +137,7 @@ fn every_suite_has_a_tier() -> Result<()> {
 
 fn run_suite(tier: Tier, suite: &str) -> Result<()> {
     let mut command = cargo(&["test", "--test", suite]);
-    command.env("STEWARD_TCP_PROXY_BIN", target().join("debug/steward-tcp-proxy"));
+    command.env("STEWARD_TCP_PROXY_BIN", target().join(PROGRAM));
     meet_needs(tier, &mut command)?;
     sh(&mut command)
 }

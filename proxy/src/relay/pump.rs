@@ -135,12 +135,16 @@ impl Relay<'_> {
             let mut turn = 0;
             loop {
                 if bulk && !queued && self.pool.is_some() {
-                    let moved = Box::pin(self.through_pipe(from)).await?;
-                    // Nothing spliced proves nothing (see `Lent::fill`): a read decides.
-                    queued = moved == 0;
-                    bulk = queued || moved >= WORTH_A_PIPE;
-                    take_turns(&mut turn, moved).await;
-                    continue;
+                    match Box::pin(self.through_pipe(from)).await? {
+                        Piped::Moved(count) => {
+                            bulk = count >= WORTH_A_PIPE;
+                            take_turns(&mut turn, count).await;
+                            continue;
+                        }
+                        // The reactor now believes that nothing is left, but see `Lent::fill`.
+                        Piped::Blocked => queued = true,
+                        Piped::Nothing => {}
+                    }
                 }
                 let step = copy::step(self.socket(from), self.socket(from.other()), queued);
                 queued = matches!(step, Ok(Step::DestinationFull | Step::Full(_)));
@@ -164,12 +168,15 @@ impl Relay<'_> {
         }
     }
 
-    /// Moves up to one pipe's worth. Returns 0 if nothing could be spliced, or no pipe was free.
-    async fn through_pipe(&self, from: Side) -> Result<usize, Reason> {
-        let Some(mut pipe) = self.pool.and_then(|pool| pool.lend()) else { return Ok(0) };
+    /// Moves up to one pipe's worth.
+    async fn through_pipe(&self, from: Side) -> Result<Piped, Reason> {
+        let Some(mut pipe) = self.pool.and_then(|pool| pool.lend()) else {
+            return Ok(Piped::Nothing);
+        };
         let filled = match pipe.fill(self.socket(from)) {
+            Ok(0) => return Ok(Piped::Nothing),
             Ok(filled) => filled,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Piped::Blocked),
             Err(error) => return Err(fault(from, &error)),
         };
         while pipe.inside() > 0 {
@@ -181,7 +188,7 @@ impl Relay<'_> {
                 Err(error) => return Err(fault(from.other(), &error)),
             }
         }
-        Ok(filled)
+        Ok(Piped::Moved(filled))
     }
 
     /// The stream of `from` has ended: so does the other socket's, after all that was written.
@@ -288,6 +295,17 @@ impl Relay<'_> {
     fn moved(&self) -> u64 {
         self.up.load(Ordering::Relaxed).wrapping_add(self.down.load(Ordering::Relaxed))
     }
+}
+
+/// What a pipe achieved.
+enum Piped {
+    /// This many bytes.
+    Moved(usize),
+    /// Nothing, and the reactor waits for news from the source.
+    Blocked,
+    /// Nothing: no pipe was free, or the source had an end or an urgent mark to show. The reactor
+    /// has learnt nothing, so a read may go by what it says.
+    Nothing,
 }
 
 /// What watching closely has found.

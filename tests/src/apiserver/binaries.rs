@@ -39,7 +39,7 @@ pub fn component(name: &str) -> Result<Command> {
     }
     let tried = folders.iter().map(|dir| format!("\n  {}", dir.display())).collect::<String>();
     bail!(
-        "{name} not found. Build it from tests/kube-bins into target/kube-bins, or set \
-         KUBEBUILDER_ASSETS or STEWARD_KUBE_BINS. Tried these folders:{tried}"
+        "{name} not found. Run `cargo xtask setup --tests`, which builds it, or set \
+         KUBEBUILDER_ASSETS to a folder that has it. Tried these folders:{tried}"
     )
 }

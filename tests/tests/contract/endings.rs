@@ -1,16 +1,18 @@
 //! An orderly end of one direction: it passes through, only after all bytes before it, and the
 //! other direction goes on.
 
-use proxy_tests::peers::{Blackhole, Ending, Peer, backlog_bound};
+use proxy_tests::peers::{Blackhole, Ending, Peer, backlog_bound, both};
 
-use crate::setting::{Relayed, Setting, Side, both, connect};
+use crate::setting::{Relayed, Setting, Side, connect};
 
 /// `side` sends a request and FIN; the other answers with 10 MB and single bytes.
 fn half_close(at: Setting, side: Side) {
     let (proxy, ending, other) = at.relayed().seen_from(side);
-    ending.send_stream(1, 1_000_000);
-    ending.finish();
-    assert_eq!(other.receive_until_end(1), (1_000_000, Ending::Eof));
+    let request = || {
+        ending.send_stream(1, 1_000_000);
+        ending.finish();
+    };
+    both(request, || assert_eq!(other.receive_until_end(1), (1_000_000, Ending::Eof)));
     both(|| other.send_stream(2, 10_000_000), || ending.receive_stream(2, 10_000_000));
     both(|| other.send_byte_by_byte(3, 500), || ending.receive_stream(3, 500));
     other.finish();

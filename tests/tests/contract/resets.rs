@@ -2,9 +2,9 @@
 
 use std::io::ErrorKind::{BrokenPipe, ConnectionReset};
 
-use proxy_tests::peers::{Ending, backlog_bound};
+use proxy_tests::peers::{Ending, backlog_bound, both};
 
-use crate::setting::{Setting, Side, both};
+use crate::setting::{Setting, Side};
 
 pub fn before_any_byte(at: Setting) {
     for side in Side::BOTH {

@@ -2,7 +2,6 @@
 
 use std::fmt::Display;
 use std::net::{IpAddr, SocketAddr};
-use std::thread;
 
 use proxy_tests::peers::{Peer, Upstream};
 use proxy_tests::proxy::{Launch, Proxy};
@@ -93,13 +92,4 @@ impl Relayed {
             Side::Server => (self.proxy, self.server, self.client),
         }
     }
-}
-
-/// Runs both at once and fails when either does.
-#[track_caller]
-pub fn both(one: impl FnOnce() + Send, other: impl FnOnce() + Send) {
-    thread::scope(|threads| {
-        threads.spawn(one);
-        threads.spawn(other);
-    });
 }

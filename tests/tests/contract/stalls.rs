@@ -2,10 +2,10 @@
 //! nobody else suffers.
 
 use proxy_tests::netns::Host;
-use proxy_tests::peers::{Peer, backlog_bound, fill_all};
+use proxy_tests::peers::{Peer, backlog_bound, both, fill_all};
 use proxy_tests::process::need_open_files;
 
-use crate::setting::{Setting, Side, both, connect};
+use crate::setting::{Setting, Side, connect};
 
 const MIB: u64 = 1 << 20;
 

@@ -3,11 +3,11 @@
 use std::sync::Barrier;
 use std::thread;
 
-use proxy_tests::peers::Peer;
+use proxy_tests::peers::{Peer, both};
 use proxy_tests::process::need_open_files;
 use proxy_tests::stream::Dice;
 
-use crate::setting::{Relayed, Setting, both, connect};
+use crate::setting::{Relayed, Setting, connect};
 
 const UP: u64 = 1;
 const DOWN: u64 = 2;

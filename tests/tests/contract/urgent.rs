@@ -1,10 +1,10 @@
 //! Urgent data (MSG_OOB) means nothing to a relay; its bytes are part of the stream and arrive
 //! in their place.
 
-use proxy_tests::peers::Peer;
+use proxy_tests::peers::{Peer, both};
 use proxy_tests::proxy::Proxy;
 
-use crate::setting::{Setting, Side, both};
+use crate::setting::{Setting, Side};
 
 /// A proxy, and a connection with `side`'s peer first.
 fn pair(at: Setting, side: Side) -> (Proxy, Peer, Peer) {
@@ -68,9 +68,11 @@ pub fn a_lone_urgent_byte_is_not_held_back(at: Setting) {
         writer.send_urgent(b'f');
         reader.receive(b"def");
         // The direction is as alive as before.
-        writer.send_stream(1, 400_000);
-        writer.send_urgent(b'?');
-        reader.receive_stream(1, 400_000);
+        let write = || {
+            writer.send_stream(1, 400_000);
+            writer.send_urgent(b'?');
+        };
+        both(write, || reader.receive_stream(1, 400_000));
         reader.receive(b"?");
     }
 }

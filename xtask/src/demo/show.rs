@@ -1,0 +1,271 @@
+//! The show itself, step by step: direct first, then each engine.
+
+use std::io::Write as _;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::Value;
+use tempfile::NamedTempFile;
+use tokio::io::{AsyncBufReadExt as _, BufReader};
+use tokio::net::TcpStream;
+use tokio::process::{Child, Command};
+use tokio::sync::Notify;
+use tokio::time::{sleep, timeout};
+
+use super::client::Target;
+use super::curl;
+use super::lab::{Host, Plan, spawn_here};
+use super::load::{self, Direction};
+use super::progress::Progress;
+use super::relay::{Counts, Relay};
+use super::standin;
+use super::table::{self, Row};
+
+/// The engines shown, beside direct.
+const ENGINES: [&str; 2] = ["splice", "copy"];
+
+/// Every load is done this often each way, in turns, so that whatever else the machine does hits
+/// all of them alike.
+const ROUNDS: usize = 3;
+
+/// Connections of the requests that keep theirs, and how long a round is.
+const KEEP_ALIVE: (usize, Duration) = (16, Duration::from_millis(1000));
+
+/// Clients that open a connection per request.
+const NEW_CONNECTIONS: (usize, Duration) = (4, Duration::from_millis(700));
+
+/// Connections of bulk transfers, each direction.
+const BULK: (usize, Duration) = (4, Duration::from_millis(500));
+
+/// Watches, and how many events each gets; an event comes every 100 ms.
+const WATCHES: (usize, u64) = (10, 8);
+
+/// Events of the watch that goes on while the proxy drains.
+const LAST_EVENTS: u64 = 8;
+
+/// Of [`Show::run`].
+const STEPS: usize = 9;
+
+/// Far more than a step takes on a slow machine.
+const STEP_LIMIT: Duration = Duration::from_secs(40);
+
+/// For whatever takes a moment only.
+const SOON: Duration = Duration::from_secs(5);
+
+/// All that the show needs; it runs on the client's host.
+#[derive(Debug)]
+pub struct Show {
+    /// The program to show.
+    pub proxy: PathBuf,
+    /// Where it runs.
+    pub node: Host,
+    /// Where the stand-in runs.
+    pub server: Host,
+    /// Their addresses.
+    pub plan: Plan,
+}
+
+/// The running stand-in.
+#[derive(Debug)]
+struct Server {
+    address: SocketAddr,
+    /// The CA's certificate, PEM.
+    ca: String,
+    /// The same, for curl.
+    ca_file: NamedTempFile,
+    /// Ends when dropped.
+    _process: Child,
+}
+
+/// A way from client to server, and what was measured on it.
+struct Way {
+    to: Target,
+    row: Row,
+    /// Unless direct: the proxy on the way, and its counts before the loads.
+    relay: Option<(Relay, Counts)>,
+}
+
+impl Show {
+    /// From the first byte to the table.
+    ///
+    /// # Errors
+    /// The first thing that is not as it must be.
+    pub async fn run(self) -> Result<()> {
+        let begun = Instant::now();
+        let mut progress = Progress::new(STEPS);
+        let title = format!("start: HTTPS server, proxies with {}", ENGINES.join(", "));
+        let (server, mut ways) = progress.step(&title, STEP_LIMIT, self.start()).await?;
+        let work = self.greet(&server, &mut ways);
+        for line in progress.step("curl, each way", STEP_LIMIT, work).await? {
+            progress.tell(&line);
+        }
+        measure_times(&mut progress, &mut ways).await?;
+        measure_bulk(&mut progress, &mut ways).await?;
+        let work = self.verify(&mut ways);
+        progress.step("the proxies' counts against their clients'", STEP_LIMIT, work).await?;
+        let (ends, rows): (Vec<_>, Vec<_>) =
+            ways.into_iter().map(|way| ((way.to, way.relay), way.row)).unzip();
+        let work = async {
+            for (to, relay) in ends {
+                if let Some((relay, _)) = relay {
+                    drain(relay, &to).await?;
+                }
+            }
+            Ok(())
+        };
+        progress.step("SIGTERM to each proxy, during a watch", STEP_LIMIT, work).await?;
+        progress.tell(&format!("demo: done in {:.0} s", begun.elapsed().as_secs_f64()));
+        drop(progress);
+        tell(&rows);
+        Ok(())
+    }
+
+    async fn start(&self) -> Result<(Server, Vec<Way>)> {
+        let server = self.start_server().await.context("the API server's stand-in")?;
+        let to = Target::new(server.address, &server.ca)?;
+        let mut ways = vec![Way { to, row: Row::new("direct")?, relay: None }];
+        for (index, engine) in (0..).zip(ENGINES) {
+            let listen = self.plan.listen(index);
+            let relay = Relay::start(&self.proxy, &self.node, listen, server.address, engine);
+            let relay = relay.await.context(engine)?;
+            let address = SocketAddr::new(self.plan.node, relay.listening.port());
+            let to = Target::new(address, &server.ca)?;
+            let relay = Some((relay, Counts::default()));
+            ways.push(Way { to, row: Row::new(engine)?, relay });
+        }
+        Ok((server, ways))
+    }
+
+    async fn start_server(&self) -> Result<Server> {
+        let address = SocketAddr::new(self.plan.server, self.plan.server_port);
+        let mut command = Command::new(std::env::current_exe()?);
+        command.args(["demo", "--as-server", &address.to_string()]).stdout(Stdio::piped());
+        let mut process = self.server.spawn(command)?;
+        let mut output = BufReader::new(process.stdout.take().context("no output")?).lines();
+        let line = timeout(SOON, output.next_line()).await.context("says nothing")??;
+        let said: Value = serde_json::from_str(&line.context("has ended at once")?)?;
+        let text = |field: &str| said[field].as_str().context("says something else");
+        let (address, ca) = (text("address")?.parse()?, text("ca")?.to_owned());
+        let mut ca_file = NamedTempFile::with_prefix("steward-demo-ca-")?;
+        ca_file.write_all(ca.as_bytes())?;
+        Ok(Server { address, ca, ca_file, _process: process })
+    }
+
+    /// curl asks for the version, by the name in the certificate, each way. Answers what it did.
+    async fn greet(&self, server: &Server, ways: &mut [Way]) -> Result<Vec<String>> {
+        let url = format!("https://{}/version", standin::NAME);
+        let ca_file = server.ca_file.path().to_string_lossy();
+        let mut lines = Vec::new();
+        for way in ways {
+            let connect_to = format!("::{}", way.to.address);
+            let curl = curl::command(&["--cacert", &ca_file, "--connect-to", &connect_to, &url])?;
+            let answer = curl::output(spawn_here(curl)?).await.context(way.row.way)?;
+            ensure!(answer.trim_end() == standin::VERSION, "{}: answer {answer}", way.row.way);
+            lines.push(format!("demo: {}: curl --connect-to {connect_to} {url}: ok", way.row.way));
+            if let Some((relay, before)) = &mut way.relay {
+                // curl's bytes are in it, which nobody else counts.
+                *before = relay.quiet(&self.node).await?;
+            }
+        }
+        Ok(lines)
+    }
+
+    async fn verify(&self, ways: &mut [Way]) -> Result<()> {
+        for way in ways {
+            way.row.moved = way.to.meter.read();
+            if let Some((relay, before)) = &way.relay {
+                let compared = relay.verify(&self.node, *before, way.row.moved);
+                compared.await.context(way.row.way)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// One load, each way, round by round.
+async fn in_turns<T>(
+    ways: &mut [Way],
+    load: impl AsyncFn(&Target) -> Result<T>,
+    note: impl Fn(&mut Row, T) -> Result<()>,
+) -> Result<()> {
+    for _ in 0..ROUNDS {
+        for way in &mut *ways {
+            let measured = load(&way.to).await.context(way.row.way)?;
+            note(&mut way.row, measured)?;
+        }
+    }
+    Ok(())
+}
+
+async fn measure_times(progress: &mut Progress, ways: &mut [Way]) -> Result<()> {
+    let (connections, time) = KEEP_ALIVE;
+    let title = format!("requests on {connections} connections, each way in turns");
+    let load = async |to: &Target| load::keep_alive(to, connections, time).await;
+    let work = in_turns(ways, load, |row, times| row.requests.add(&times));
+    progress.step(&title, STEP_LIMIT, work).await?;
+
+    let (clients, time) = NEW_CONNECTIONS;
+    let title = format!("{clients} clients with a new connection per request, in turns");
+    let load = async |to: &Target| load::new_connections(to, clients, time).await;
+    let work = in_turns(ways, load, |row, times| row.fresh.add(&times));
+    progress.step(&title, STEP_LIMIT, work).await?;
+
+    let (watchers, events) = WATCHES;
+    let title = format!("{watchers} watches, in turns");
+    let load = async |to: &Target| load::watch(to, watchers, events, Arc::default()).await;
+    let work = in_turns(ways, load, |row, times| row.events.add(&times));
+    progress.step(&title, STEP_LIMIT, work).await
+}
+
+async fn measure_bulk(progress: &mut Progress, ways: &mut [Way]) -> Result<()> {
+    let (connections, time) = BULK;
+    for (direction, name) in [(Direction::Down, "download"), (Direction::Up, "upload")] {
+        let title = format!("{name} on {connections} connections, in turns");
+        let load = async |to: &Target| load::bulk(to, direction, connections, time).await;
+        let work = in_turns(ways, load, |row, volume| {
+            let sum = if direction == Direction::Down { &mut row.down } else { &mut row.up };
+            sum.add(volume);
+            Ok(())
+        });
+        progress.step(&title, STEP_LIMIT, work).await?;
+    }
+    Ok(())
+}
+
+/// SIGTERM while a watch goes on: new clients are refused, the watch goes on to its last event,
+/// and the proxy ends with status 0.
+async fn drain(relay: Relay, to: &Target) -> Result<()> {
+    let first = Arc::new(Notify::new());
+    let watch = load::watch(to, 1, LAST_EVENTS, Arc::clone(&first));
+    let terminate = async {
+        first.notified().await;
+        relay.terminate()?;
+        let refused = async {
+            while TcpStream::connect(to.address).await.is_ok() {
+                sleep(Duration::from_millis(10)).await;
+            }
+        };
+        // Well before the watch's end: what is refused then, is refused by a live proxy.
+        let limit = Duration::from_millis(500);
+        timeout(limit, refused).await.context("new clients are still accepted after SIGTERM")
+    };
+    tokio::try_join!(watch, terminate)?;
+    relay.ended().await
+}
+
+fn tell(rows: &[Row]) {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    println!("{}", table::render(rows));
+    println!(
+        "\nClients, proxy and server share {cores} processors, and clients and server do TLS on \
+         them.\n\
+         Checked: certificates end to end, every answer, event and byte; each proxy's counts of\n\
+         connections and bytes equal its clients', every connection ended in order, and SIGTERM \
+         let\n\
+         a watch finish, refused new clients and ended with status 0."
+    );
+}
