@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::kube_bins;
 use crate::setup::{self, Scope};
-use crate::shell::{cargo, root, run as sh, say, target};
+use crate::shell::{cargo, root, run as sh, say, target, this_program};
 
 /// What the suites run, below the target folder.
 const PROGRAM: &str = "debug/steward-tcp-proxy";
@@ -88,8 +88,7 @@ pub fn run(flags: &Flags) -> Result<()> {
 /// The README's other command, with the program as the suites use it: not optimized, so its
 /// figures mean nothing here, but all that it checks is checked.
 fn demo() -> Result<()> {
-    let this = std::env::current_exe().context("cannot find this program")?;
-    sh(Command::new(this).arg("demo").arg("--proxy").arg(target().join(PROGRAM)))
+    sh(this_program().arg("demo").arg("--proxy").arg(target().join(PROGRAM)))
 }
 
 /// No step names packages: which ones are built decides which features their dependencies have,
