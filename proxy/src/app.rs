@@ -188,7 +188,7 @@ fn raise_descriptor_limit(max_connections: usize) {
             have,
             need,
             "the descriptor limit (ulimit -n) is too low for --max-connections; \
-             clients beyond it wait to be accepted"
+             beyond it clients wait, or are refused if the upstream cannot be dialled"
         );
     }
 }

@@ -3,7 +3,7 @@
 //! The program replaces a Go one whose manifests must keep working, so flags are read as Go's
 //! `flag` package reads them: one dash or two, `-flag=value` or `-flag value`, booleans only as
 //! `-flag` or `-flag=value`, and the last of several wins. clap holds the definitions and writes
-//! the help; [`normalize`] brings Go's spelling into clap's and collects what neither knows.
+//! the help; `normalize` brings Go's spelling into clap's and collects what neither knows.
 
 use std::ffi::OsString;
 

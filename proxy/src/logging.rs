@@ -13,7 +13,6 @@ const BUFFERED_LINES: usize = 8192;
 /// to 3 shows what operators need, 4 and 5 debug messages, 6 and up traces).
 ///
 /// Drop the guard last: it writes out what is buffered.
-#[must_use]
 pub fn init(format: LogFormat, verbosity: u8) -> WorkerGuard {
     let level = match verbosity {
         // The reconciler tells in its own words what kube's crates would say once per attempt.

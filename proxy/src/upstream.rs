@@ -1,7 +1,7 @@
 //! The API server's addresses: which one is tried when, and whether any answers.
 //!
 //! Entries of `--upstream-addr` are preferred in their order; a name stands for all its addresses
-//! in the order of the answer. An address that failed is tried last for [`PENALTY`], then in its
+//! in the order of the answer. An address that failed is tried last for 30 s, then in its
 //! old place again, so that traffic fails over at once and fails back by itself. Nothing is ever
 //! dropped from the set: with every address penalised, all are tried.
 

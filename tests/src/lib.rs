@@ -14,5 +14,6 @@ pub mod netns;
 pub mod peers;
 pub mod process;
 pub mod proxy;
+pub mod servers;
 pub mod stream;
 pub mod wait;

@@ -159,7 +159,8 @@ impl Wire {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::peers::{Peer, Upstream};
+    use crate::peers::Peer;
+    use crate::servers::Upstream;
 
     #[test]
     fn hosts_reach_each_other_over_both_families() {

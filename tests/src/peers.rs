@@ -5,8 +5,7 @@
 //! Methods block, up to [`BOUND`], and panic with what happened instead of what was expected.
 
 use std::io::{ErrorKind, Read, Write};
-use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpStream};
-use std::os::fd::AsFd;
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -85,7 +84,7 @@ impl Peer {
         Ok(Self { reset_early, ..Self::new(socket.into(), "client") })
     }
 
-    fn new(stream: TcpStream, name: &'static str) -> Self {
+    pub(crate) fn new(stream: TcpStream, name: &'static str) -> Self {
         let settings =
             [stream.set_read_timeout(Some(BOUND)), stream.set_write_timeout(Some(BOUND))];
         assert!(settings.iter().all(Result::is_ok), "{settings:?}");
@@ -442,202 +441,28 @@ fn show(bytes: &[u8]) -> String {
     String::from_utf8_lossy(head).into_owned()
 }
 
-/// A server's listening socket; it accepts when it is told to, and not before.
-#[derive(Debug)]
-pub struct Upstream {
-    listener: Socket,
-    address: SocketAddr,
-}
-
-impl Upstream {
-    /// Listens on a port of `ip` that the kernel chooses.
-    ///
-    /// # Panics
-    /// That is not possible.
-    #[track_caller]
-    #[must_use]
-    pub fn new(ip: IpAddr) -> Self {
-        ClosedPort::new(ip).open()
-    }
-
-    /// Where it listens.
-    #[must_use]
-    pub fn address(&self) -> SocketAddr {
-        self.address
-    }
-
-    /// Takes the next connection, waiting for it.
-    ///
-    /// # Panics
-    /// None came within [`BOUND`].
-    #[track_caller]
-    #[must_use]
-    pub fn accept(&self) -> Peer {
-        match self.accept_within(BOUND) {
-            Some(peer) => peer,
-            None => panic!("no connection reached {} within {BOUND:?}", self.address),
-        }
-    }
-
-    /// Takes the next connection if one comes within `bound`.
-    ///
-    /// # Panics
-    /// The kernel refuses.
-    #[track_caller]
-    #[must_use]
-    pub fn accept_within(&self, bound: Duration) -> Option<Peer> {
-        let timeout =
-            Timespec { tv_sec: bound.as_secs() as i64, tv_nsec: i64::from(bound.subsec_nanos()) };
-        let mut fds = [PollFd::from_borrowed_fd(self.listener.as_fd(), PollFlags::IN)];
-        match poll(&mut fds, Some(&timeout)) {
-            Ok(0) => return None,
-            Ok(_) => {}
-            Err(error) => panic!("waiting at {}: {error}", self.address),
-        }
-        match self.listener.accept() {
-            Ok((socket, _)) => Some(Peer::new(socket.into(), "server")),
-            Err(error) => panic!("accepting at {}: {error}", self.address),
-        }
-    }
-
-    /// Stops listening; connections in the queue are reset, the address stays ours.
-    ///
-    /// # Panics
-    /// The address is lost to somebody else.
-    #[track_caller]
-    #[must_use]
-    pub fn close(self) -> ClosedPort {
-        let address = self.address;
-        drop(self);
-        ClosedPort::bind(address)
-    }
-}
-
-/// An address that answers every SYN with RST, and stays ours meanwhile.
-#[derive(Debug)]
-pub struct ClosedPort {
-    socket: Socket,
-    address: SocketAddr,
-}
-
-impl ClosedPort {
-    /// A port of `ip` that the kernel chooses.
-    ///
-    /// # Panics
-    /// That is not possible.
-    #[track_caller]
-    #[must_use]
-    pub fn new(ip: IpAddr) -> Self {
-        Self::bind(SocketAddr::new(ip, 0))
-    }
-
-    #[track_caller]
-    fn bind(address: SocketAddr) -> Self {
-        match Self::try_bind(address) {
-            Ok(port) => port,
-            Err(error) => panic!("binding {address}: {error}"),
-        }
-    }
-
-    /// Takes just this address.
-    ///
-    /// # Errors
-    /// It is somebody else's.
-    ///
-    /// # Panics
-    /// This machine does not know the family.
-    pub fn try_bind(address: SocketAddr) -> std::io::Result<Self> {
-        let socket = Socket::new(Domain::for_address(address), Type::STREAM.cloexec(), None)
-            .expect("a TCP socket");
-        socket.set_reuse_address(true).expect("SO_REUSEADDR");
-        socket.bind(&address.into())?;
-        let address = socket.local_addr().ok().and_then(|a| a.as_socket());
-        Ok(Self { socket, address: address.expect("a bound socket has an address") })
-    }
-
-    /// Where nobody listens.
-    #[must_use]
-    pub fn address(&self) -> SocketAddr {
-        self.address
-    }
-
-    /// Begins to listen.
-    ///
-    /// # Panics
-    /// That is not possible.
-    #[track_caller]
-    #[must_use]
-    pub fn open(self) -> Upstream {
-        self.socket.listen(4096).expect("listen");
-        Upstream { listener: self.socket, address: self.address }
-    }
-}
-
-/// An address that swallows every SYN: a listener whose accept queue is full.
-#[derive(Debug)]
-pub struct Blackhole {
-    upstream: Upstream,
-    fillers: usize,
-}
-
-impl Blackhole {
-    /// A port of `ip` that the kernel chooses.
-    ///
-    /// # Panics
-    /// The queue cannot be filled.
-    #[track_caller]
-    #[must_use]
-    pub fn new(ip: IpAddr) -> Self {
-        let port = ClosedPort::new(ip);
-        port.socket.listen(0).expect("listen");
-        let upstream = Upstream { listener: port.socket, address: port.address };
-        let swallowed = Duration::from_millis(300);
-        for fillers in 0..8 {
-            // The client's end may go: what was established stays in the queue.
-            match TcpStream::connect_timeout(&upstream.address, swallowed) {
-                Ok(_) => {}
-                Err(e) if e.kind() == ErrorKind::TimedOut => return Self { upstream, fillers },
-                Err(error) => panic!("filling the queue of {}: {error}", upstream.address),
-            }
-        }
-        panic!("the queue of {} does not fill up", upstream.address);
-    }
-
-    /// Where nothing answers.
-    #[must_use]
-    pub fn address(&self) -> SocketAddr {
-        self.upstream.address
-    }
-
-    /// Answers from now on, also those SYNs that are sent again.
-    ///
-    /// # Panics
-    /// That is not possible.
-    #[track_caller]
-    #[must_use]
-    pub fn answer(self) -> Upstream {
-        for _ in 0..self.fillers {
-            drop(self.upstream.accept());
-        }
-        self.upstream.listener.listen(4096).expect("listen");
-        self.upstream
-    }
-}
-
-/// A connection that does not pass through the proxy, for trying out a peer's manners.
-///
-/// # Panics
-/// Loopback is not there.
-#[must_use]
-pub fn direct_pair() -> (Peer, Peer) {
-    let upstream = Upstream::new(IpAddr::V4(Ipv4Addr::LOCALHOST));
-    let client = Peer::connect(upstream.address());
-    (client, upstream.accept())
+/// Runs both at once and fails when either does.
+#[track_caller]
+pub fn both(one: impl FnOnce() + Send, other: impl FnOnce() + Send) {
+    thread::scope(|threads| {
+        threads.spawn(one);
+        threads.spawn(other);
+    });
 }
 
 #[cfg(test)]
 mod tests {
+    use std::net::{IpAddr, Ipv4Addr};
+
     use super::*;
+    use crate::servers::Upstream;
+
+    /// A connection that does not pass through the proxy.
+    fn direct_pair() -> (Peer, Peer) {
+        let upstream = Upstream::new(IpAddr::V4(Ipv4Addr::LOCALHOST));
+        let client = Peer::connect(upstream.address());
+        (client, upstream.accept())
+    }
 
     #[test]
     fn ends_are_told_apart() {
@@ -681,35 +506,10 @@ mod tests {
     }
 
     #[test]
-    fn a_blackhole_swallows_and_answers_later() {
-        for ip in ["127.0.0.1", "::1"] {
-            let hole = Blackhole::new(ip.parse().expect("an address"));
-            let to = hole.address();
-            let swallowed = TcpStream::connect_timeout(&to, Duration::from_millis(200));
-            assert_eq!(swallowed.expect_err("swallowed").kind(), ErrorKind::TimedOut);
-            std::thread::scope(|threads| {
-                let client = threads.spawn(|| Peer::connect(to));
-                let upstream = hole.answer();
-                let _server = upstream.accept();
-                client.join().expect("answered in the end");
-            });
-        }
-    }
-
-    #[test]
     fn filling_stops_at_a_reader_that_does_not_read() {
         let (client, server) = direct_pair();
         let sent = client.fill(9, backlog_bound() * 2);
         client.finish();
         assert_eq!(server.receive_until_end(9), (sent, Ending::Eof));
     }
-}
-
-/// Runs both at once and fails when either does.
-#[track_caller]
-pub fn both(one: impl FnOnce() + Send, other: impl FnOnce() + Send) {
-    thread::scope(|threads| {
-        threads.spawn(one);
-        threads.spawn(other);
-    });
 }

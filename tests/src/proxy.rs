@@ -9,7 +9,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use rustix::process::{Pid, Resource, Rlimit, Signal, kill_process};
+use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, prlimit};
 use serde_json::Value;
 
 use crate::admin::{self, Answer};
@@ -354,6 +354,18 @@ impl Proxy {
     /// Sends SIGSTOP, so that nothing moves until [`Self::resume`].
     pub fn pause(&self) {
         self.signal(Signal::STOP);
+    }
+
+    /// Lets the running proxy have at most `limit` file descriptors from now on; those it has
+    /// stay open.
+    ///
+    /// # Panics
+    /// The kernel refuses.
+    pub fn limit_open_files(&self, limit: u64) {
+        // The hard limit stays what it is, the one it has from us.
+        let maximum = getrlimit(Resource::Nofile).maximum;
+        let new = Rlimit { current: Some(limit), maximum };
+        prlimit(Some(Pid::from_child(&self.child)), Resource::Nofile, new).expect("our own child");
     }
 
     /// Sends SIGCONT.

@@ -3,8 +3,9 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
-use proxy_tests::peers::{ClosedPort, Peer, Upstream, both};
+use proxy_tests::peers::{Peer, both};
 use proxy_tests::proxy::{Launch, Proxy};
+use proxy_tests::servers::{ClosedPort, Upstream};
 use proxy_tests::wait::{eventually, until};
 
 const V4: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);

@@ -2,8 +2,9 @@
 
 use std::net::{IpAddr, Ipv4Addr, TcpListener};
 
-use proxy_tests::peers::{Peer, Upstream};
+use proxy_tests::peers::Peer;
 use proxy_tests::proxy::{Launch, run};
+use proxy_tests::servers::Upstream;
 
 const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 

@@ -5,8 +5,10 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::thread;
 
 use proxy_tests::admin;
-use proxy_tests::peers::{ClosedPort, Peer, Upstream};
+use proxy_tests::peers::Peer;
+use proxy_tests::process::need_open_files;
 use proxy_tests::proxy::{Launch, Proxy};
+use proxy_tests::servers::{ClosedPort, Upstream};
 use proxy_tests::wait::until;
 
 const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
@@ -123,10 +125,13 @@ fn a_cut_after_half_close_is_no_clean_end() {
 /// The kernel has completed their handshakes: for the clients, the connection exists.
 #[test]
 fn clients_in_the_accept_queue_are_served() {
+    // More than any acceptor takes in one go.
+    const QUEUED: u64 = 500;
+    need_open_files(2 * QUEUED + 200);
     for engine in ENGINES {
         let (mut proxy, upstream, client, server) = start(engine, "10m");
         proxy.pause();
-        let queued: Vec<_> = (0..20).map(|_| Peer::connect(proxy.address())).collect();
+        let queued: Vec<_> = (0..QUEUED).map(|_| Peer::connect(proxy.address())).collect();
         proxy.sigterm();
         proxy.resume();
         let servers: Vec<_> = queued.iter().map(|_| upstream.accept()).collect();

@@ -4,9 +4,10 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use proxy_tests::peers::{Peer, Upstream};
+use proxy_tests::peers::Peer;
 use proxy_tests::process::need_open_files;
 use proxy_tests::proxy::{Launch, Proxy};
+use proxy_tests::servers::Upstream;
 use proxy_tests::wait::{eventually, until};
 
 const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
@@ -53,35 +54,50 @@ fn clients_over_the_limit_are_refused_at_once_and_counted() {
     assert!(upstream.accept_within(Duration::ZERO).is_none(), "a refused one reached the server");
 }
 
+#[track_caller]
+fn runs_out_of_descriptors(proxy: &Proxy) {
+    proxy.log_line("the proxy runs out of descriptors", |line| {
+        line["message"].as_str().is_some_and(|text| text.contains("cannot accept"))
+    });
+}
+
 #[test]
-fn accepting_goes_on_when_descriptors_are_free_again() {
+fn without_descriptors_clients_wait_and_are_served_later() {
+    let upstream = Upstream::new(LOOPBACK);
+    let proxy = Launch::new(upstream.address()).flag("engine", "copy").start();
+    let (live, server_of_live) = served(&proxy, &upstream);
+    // Below what it has open already: not one more.
+    proxy.limit_open_files(3);
+    let waiting: Vec<_> = (0..5).map(|_| Peer::connect(proxy.address())).collect();
+    runs_out_of_descriptors(&proxy);
+
+    // It waits instead of trying without end, and whoever is there already is served.
+    let (before, since) = (proxy.process().cpu_ticks(), Instant::now());
+    thread::sleep(Duration::from_secs(3));
+    let (ticks, wall) = (proxy.process().cpu_ticks() - before, since.elapsed().as_millis() / 10);
+    assert!(u128::from(ticks) < wall / 4, "{ticks} ticks of CPU time in {wall} of waiting");
+    ping(&live, &server_of_live);
+
+    proxy.limit_open_files(200);
+    let servers: Vec<_> = waiting.iter().map(|_| upstream.accept()).collect();
+    servers.iter().for_each(|server| server.send(b"welcome"));
+    waiting.iter().for_each(|client| client.receive(b"welcome"));
+    let errors = proxy.metric("accept_errors_total", &[("cause", "process_descriptors")]);
+    assert!((1.0..1_000.0).contains(&errors), "{errors} failed accepts were counted");
+}
+
+#[test]
+fn accepting_goes_on_after_a_flood() {
     const FILES: u64 = 64;
     let upstream = Upstream::new(LOOPBACK);
     let proxy = Launch::new(upstream.address()).flag("engine", "copy").open_files(FILES).start();
-    let clients: Vec<_> = (0..FILES).map(|_| Peer::connect(proxy.address())).collect();
-    let ran_out = |line: &serde_json::Value| {
-        line["message"].as_str().is_some_and(|text| text.contains("cannot accept"))
-    };
-    proxy.log_line("the proxy runs out of descriptors", ran_out);
-
-    // It waits instead of trying without end.
-    let (before, since) = (proxy.process().cpu_ticks(), Instant::now());
-    thread::sleep(Duration::from_secs(3));
-    let (ticks, wall) =
-        (proxy.process().cpu_ticks() - before, since.elapsed().as_secs_f64() * 100.0);
-    assert!((ticks as f64) < wall / 4.0, "{ticks} ticks of CPU time in {wall} of waiting");
-
-    // Those that got through work meanwhile.
+    let flood: Vec<_> = (0..FILES).map(|_| Peer::connect(proxy.address())).collect();
+    runs_out_of_descriptors(&proxy);
     let served = std::iter::from_fn(|| upstream.accept_within(Duration::from_millis(200)));
     let servers: Vec<_> = served.collect();
     assert!(!servers.is_empty(), "nobody was served");
-    servers.iter().for_each(|server| server.send(b"hello"));
-
-    // When they leave, all that wait in the queue are served or told; nobody hangs.
-    drop((servers, clients));
+    drop((servers, flood));
     until("descriptors are free again", || proxy.process().open_files() < FILES as usize / 2);
-    let errors = proxy.metric("accept_errors_total", &[("cause", "process_descriptors")]);
-    assert!((1.0..1_000.0).contains(&errors), "{errors} failed accepts were counted");
     let client = Peer::connect(proxy.address());
     client.send(b"at last");
     // The queue may still hold some of those that have left.

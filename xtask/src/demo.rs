@@ -3,7 +3,6 @@
 
 mod client;
 mod curl;
-mod lab;
 mod load;
 mod payload;
 mod progress;
@@ -23,9 +22,9 @@ use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::timeout;
 
+use crate::lab::{self, Lab};
 use crate::setup::{self, Scope};
 use crate::shell::{cargo, run as sh, say, target};
-use lab::Lab;
 use show::Show;
 
 /// The whole show takes less than half of this.

@@ -1,8 +1,10 @@
 //! Set-up, builds, demo and tests: `cargo xtask <verb>`. A file per verb.
 
+mod bench;
 mod build_ebpf;
 mod demo;
 mod kube_bins;
+mod lab;
 mod packages;
 mod setup;
 mod shell;
@@ -22,6 +24,9 @@ enum Verb {
     BuildEbpf(build_ebpf::Flags),
     /// Set up, then relay real HTTPS traffic and compare it with the direct way; no cluster needed
     Demo(demo::Flags),
+    /// Compare engines and other proxies with the direct way in one run (root; nginx and HAProxy
+    /// take part where they are installed)
+    Bench(bench::Flags),
     /// Set up, then run format, lints, documentation and all tests
     Test(test::Flags),
 }
@@ -31,6 +36,7 @@ fn main() -> ExitCode {
         Verb::Setup(flags) => setup::run(&flags),
         Verb::BuildEbpf(flags) => build_ebpf::run(&flags),
         Verb::Demo(flags) => demo::run(&flags),
+        Verb::Bench(flags) => bench::run(&flags),
         Verb::Test(flags) => test::run(&flags),
     };
     match outcome {

@@ -27,6 +27,7 @@ const SUITES: &[(Tier, &str)] = &[
     (Tier::Contract, "drain"),
     (Tier::Contract, "contract"),
     (Tier::Kernel, "observer"),
+    (Tier::Kernel, "hosts"),
     (Tier::Kernel, "check"),
     (Tier::Kube, "apiserver_smoke"),
     (Tier::Kube, "endpoints_real"),

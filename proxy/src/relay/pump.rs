@@ -100,6 +100,7 @@ struct Relay<'a> {
     first_to_end: OnceLock<Side>,
 }
 
+#[expect(clippy::manual_async_fn, reason = "an async fn would keep its arguments twice")]
 impl Relay<'_> {
     /// Ends when both directions have ended, or one has failed. A pump whose stream has ended
     /// still answers for its source until the other one is done as well.

@@ -2,7 +2,8 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use proxy_tests::peers::{Blackhole, ClosedPort, Ending, Peer, Upstream};
+use proxy_tests::peers::{Ending, Peer};
+use proxy_tests::servers::{Blackhole, ClosedPort, Upstream};
 use proxy_tests::wait::eventually;
 
 use crate::setting::{Relayed, Setting};

@@ -1,7 +1,8 @@
 //! An orderly end of one direction: it passes through, only after all bytes before it, and the
 //! other direction goes on.
 
-use proxy_tests::peers::{Blackhole, Ending, Peer, backlog_bound, both};
+use proxy_tests::peers::{Ending, Peer, backlog_bound, both};
+use proxy_tests::servers::Blackhole;
 
 use crate::setting::{Relayed, Setting, Side, connect};
 

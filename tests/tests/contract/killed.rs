@@ -4,7 +4,8 @@ use std::io::ErrorKind::ConnectionReset;
 use std::sync::Barrier;
 use std::thread;
 
-use proxy_tests::peers::{Blackhole, Ending, Peer, backlog_bound};
+use proxy_tests::peers::{Ending, Peer, backlog_bound};
+use proxy_tests::servers::Blackhole;
 use proxy_tests::stream::Stream;
 
 use crate::setting::{Relayed, Setting, Side};

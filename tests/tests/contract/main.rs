@@ -49,6 +49,7 @@ contract! {
         streams::the_server_speaks_first,
         urgent::an_urgent_byte_arrives_in_its_place,
         urgent::urgent_bytes_in_the_middle_of_bulk,
+        urgent::an_urgent_byte_behind_queued_bulk,
         urgent::a_lone_urgent_byte_is_not_held_back,
         urgent::an_urgent_byte_right_before_the_end,
 

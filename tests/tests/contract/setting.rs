@@ -3,8 +3,9 @@
 use std::fmt::Display;
 use std::net::{IpAddr, SocketAddr};
 
-use proxy_tests::peers::{Peer, Upstream};
+use proxy_tests::peers::Peer;
 use proxy_tests::proxy::{Launch, Proxy};
+use proxy_tests::servers::Upstream;
 
 /// One engine, one family.
 #[derive(Debug, Clone, Copy)]

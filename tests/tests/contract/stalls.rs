@@ -1,6 +1,9 @@
 //! Readers that do not read: the writer is slowed, memory is bounded, nothing is lost, and
 //! nobody else suffers.
 
+use std::thread;
+use std::time::{Duration, Instant};
+
 use proxy_tests::netns::Host;
 use proxy_tests::peers::{Peer, backlog_bound, both, fill_all};
 use proxy_tests::process::need_open_files;
@@ -44,8 +47,8 @@ pub fn both_directions_stalled_at_once(at: Setting) {
 /// down is the kernel.
 fn frugal_host() -> Host {
     let host = Host::new("frugal");
-    host.sysctl("ipv4.tcp_rmem", "4096 131072 262144");
-    host.sysctl("ipv4.tcp_wmem", "4096 16384 262144");
+    host.sysctl("ipv4.tcp_rmem", "4096 131072 196608");
+    host.sysctl("ipv4.tcp_wmem", "4096 16384 196608");
     host
 }
 
@@ -104,6 +107,11 @@ fn three_hundred_stalled(at: Setting) {
     }
     both(|| client.send_stream(2, 5_000_000), || server.receive_stream(2, 5_000_000));
     both(|| server.send_stream(3, 5_000_000), || client.receive_stream(3, 5_000_000));
+    // Then it is as quiet as the others, and waiting for any of them costs no CPU time.
+    let (before, since) = (proxy.process().cpu_ticks(), Instant::now());
+    thread::sleep(Duration::from_secs(2));
+    let (ticks, wall) = (proxy.process().cpu_ticks() - before, since.elapsed().as_millis() / 10);
+    assert!(u128::from(ticks) < wall / 4, "{ticks} ticks of CPU time in {wall} of stalling");
     client.finish();
     server.expect_eof();
     for (reader, sent) in stalled {

@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
-use proxy_tests::peers::{Blackhole, ClosedPort, Peer, Upstream};
+use proxy_tests::peers::Peer;
 use proxy_tests::proxy::Proxy;
+use proxy_tests::servers::{Blackhole, ClosedPort, Upstream};
 
 use crate::setting::Setting;
 

@@ -56,6 +56,30 @@ pub fn urgent_bytes_in_the_middle_of_bulk(at: Setting) {
     }
 }
 
+/// The urgent byte waits at the proxy behind so much that an engine is in its stride when it comes
+/// to it, and then nothing, or the end, follows.
+pub fn an_urgent_byte_behind_queued_bulk(at: Setting) {
+    for side in Side::BOTH {
+        for (bulk, ends) in [(120_000, false), (120_000, true), (65_536, false), (65_536, true)] {
+            let (proxy, writer, reader) = pair(at, side);
+            writer.send(b"-");
+            reader.receive(b"-");
+            proxy.pause();
+            writer.send_stream(1, bulk);
+            writer.send_urgent(b'!');
+            if ends {
+                writer.finish();
+            }
+            proxy.resume();
+            reader.receive_stream(1, bulk);
+            reader.receive(b"!");
+            if ends {
+                reader.expect_eof();
+            }
+        }
+    }
+}
+
 /// Nothing follows the urgent byte, neither bytes nor an end, that would push it out.
 pub fn a_lone_urgent_byte_is_not_held_back(at: Setting) {
     for side in Side::BOTH {

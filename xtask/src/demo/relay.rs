@@ -16,7 +16,7 @@ use tokio::time::{sleep, timeout};
 
 use super::client::Moved;
 use super::curl;
-use super::lab::Host;
+use crate::lab::Host;
 
 /// For whatever takes a moment only.
 const SOON: Duration = Duration::from_secs(5);
@@ -72,8 +72,8 @@ impl Relay {
         command.env_remove("RUST_LOG").stdout(Stdio::null()).stderr(Stdio::piped());
         let mut child = node.spawn(command)?;
         let mut lines = BufReader::new(child.stderr.take().context("no log")?).lines();
-        let (listening, admin) =
-            timeout(SOON, addresses(&mut lines)).await.context("the proxy says no address")??;
+        let told = timeout(SOON, addresses(&mut lines)).await;
+        let (listening, admin) = told.context("the proxy does not tell where it listens")??;
         let relay = Self { engine, listening, admin, child, log: tokio::spawn(tail(lines)) };
         relay.admin(node, "readyz").await.context("the proxy is not ready")?;
         Ok(relay)
@@ -149,6 +149,14 @@ impl Relay {
         let id = self.child.id().and_then(|id| Pid::from_raw(id.try_into().ok()?));
         let id = id.context("the proxy had ended before it was asked to")?;
         Ok(kill_process(id, Signal::TERM)?)
+    }
+
+    /// If it has ended: how, and its last words.
+    pub async fn died(mut self, within: Duration) -> Option<String> {
+        let status = timeout(within, self.child.wait()).await.ok()?.ok()?;
+        let log = self.log.await.ok()?;
+        let last = log.back().map_or("it said nothing", |line| line.as_str());
+        Some(format!("{status}; its last words: {last}"))
     }
 
     /// Waits for the end that [`Self::terminate`] asked for.

@@ -1,15 +1,16 @@
 //! The show itself, step by step: direct first, then each engine.
 
+use std::fs::File;
 use std::io::Write as _;
 use std::net::SocketAddr;
+use std::os::fd::AsRawFd as _;
 use std::path::PathBuf;
 use std::process::Stdio;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Error, Result, anyhow, ensure};
 use serde_json::Value;
-use tempfile::NamedTempFile;
 use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::net::TcpStream;
 use tokio::process::{Child, Command};
@@ -18,12 +19,12 @@ use tokio::time::{sleep, timeout};
 
 use super::client::Target;
 use super::curl;
-use super::lab::{Host, Plan, spawn_here};
 use super::load::{self, Direction};
 use super::progress::Progress;
 use super::relay::{Counts, Relay};
 use super::standin;
 use super::table::{self, Row};
+use crate::lab::{Host, Plan, spawn_here};
 
 /// The engines shown, beside direct.
 const ENGINES: [&str; 2] = ["splice", "copy"];
@@ -45,16 +46,18 @@ const BULK: (usize, Duration) = (4, Duration::from_millis(500));
 const WATCHES: (usize, u64) = (10, 8);
 
 /// Events of the watch that goes on while the proxy drains.
-const LAST_EVENTS: u64 = 8;
+const LAST_EVENTS: u64 = 15;
 
 /// Of [`Show::run`].
 const STEPS: usize = 9;
 
-/// Far more than a step takes on a slow machine.
+/// Far more than a step takes on a slow machine, or a round of a load.
 const STEP_LIMIT: Duration = Duration::from_secs(40);
+const ROUND_LIMIT: Duration = Duration::from_secs(12);
 
-/// For whatever takes a moment only.
+/// For whatever takes little time.
 const SOON: Duration = Duration::from_secs(5);
+const MOMENT: Duration = Duration::from_millis(200);
 
 /// All that the show needs; it runs on the client's host.
 #[derive(Debug)]
@@ -75,10 +78,10 @@ struct Server {
     address: SocketAddr,
     /// The CA's certificate, PEM.
     ca: String,
-    /// The same, for curl.
-    ca_file: NamedTempFile,
+    /// The same, for curl; it has no name and so goes with us.
+    ca_file: File,
     /// Ends when dropped.
-    _process: Child,
+    process: Child,
 }
 
 /// A way from client to server, and what was measured on it.
@@ -98,15 +101,10 @@ impl Show {
         let begun = Instant::now();
         let mut progress = Progress::new(STEPS);
         let title = format!("start: HTTPS server, proxies with {}", ENGINES.join(", "));
-        let (server, mut ways) = progress.step(&title, STEP_LIMIT, self.start()).await?;
-        let work = self.greet(&server, &mut ways);
-        for line in progress.step("curl, each way", STEP_LIMIT, work).await? {
-            progress.tell(&line);
+        let (mut server, mut ways) = progress.step(&title, STEP_LIMIT, self.start()).await?;
+        if let Err(error) = self.measure(&mut progress, &server, &mut ways).await {
+            return Err(explained(error, &mut server, ways).await);
         }
-        measure_times(&mut progress, &mut ways).await?;
-        measure_bulk(&mut progress, &mut ways).await?;
-        let work = self.verify(&mut ways);
-        progress.step("the proxies' counts against their clients'", STEP_LIMIT, work).await?;
         let (ends, rows): (Vec<_>, Vec<_>) =
             ways.into_iter().map(|way| ((way.to, way.relay), way.row)).unzip();
         let work = async {
@@ -122,6 +120,22 @@ impl Show {
         drop(progress);
         tell(&rows);
         Ok(())
+    }
+
+    async fn measure(
+        &self,
+        progress: &mut Progress,
+        server: &Server,
+        ways: &mut [Way],
+    ) -> Result<()> {
+        let work = self.greet(server, ways);
+        for line in progress.step("curl, each way", STEP_LIMIT, work).await? {
+            progress.tell(&line);
+        }
+        measure_times(progress, ways).await?;
+        measure_bulk(progress, ways).await?;
+        let work = self.verify(ways);
+        progress.step("the proxies' counts against their clients'", STEP_LIMIT, work).await
     }
 
     async fn start(&self) -> Result<(Server, Vec<Way>)> {
@@ -150,15 +164,16 @@ impl Show {
         let said: Value = serde_json::from_str(&line.context("has ended at once")?)?;
         let text = |field: &str| said[field].as_str().context("says something else");
         let (address, ca) = (text("address")?.parse()?, text("ca")?.to_owned());
-        let mut ca_file = NamedTempFile::with_prefix("steward-demo-ca-")?;
+        let mut ca_file = tempfile::tempfile()?;
         ca_file.write_all(ca.as_bytes())?;
-        Ok(Server { address, ca, ca_file, _process: process })
+        Ok(Server { address, ca, ca_file, process })
     }
 
     /// curl asks for the version, by the name in the certificate, each way. Answers what it did.
     async fn greet(&self, server: &Server, ways: &mut [Way]) -> Result<Vec<String>> {
         let url = format!("https://{}/version", standin::NAME);
-        let ca_file = server.ca_file.path().to_string_lossy();
+        let (us, descriptor) = (std::process::id(), server.ca_file.as_raw_fd());
+        let ca_file = format!("/proc/{us}/fd/{descriptor}");
         let mut lines = Vec::new();
         for way in ways {
             let connect_to = format!("::{}", way.to.address);
@@ -186,6 +201,22 @@ impl Show {
     }
 }
 
+/// What clients notice of a process that has died says little: adds its end.
+async fn explained(error: Error, server: &mut Server, ways: Vec<Way>) -> Error {
+    let mut error = error;
+    // It is gone from the network a moment before it has ended.
+    if let Ok(Ok(status)) = timeout(MOMENT, server.process.wait()).await {
+        error = error.context(format!("the stand-in has ended ({status})"));
+    }
+    for way in ways {
+        let Some((relay, _)) = way.relay else { continue };
+        if let Some(end) = relay.died(MOMENT).await {
+            error = error.context(format!("the proxy with {} has ended ({end})", way.row.way));
+        }
+    }
+    error
+}
+
 /// One load, each way, round by round.
 async fn in_turns<T>(
     ways: &mut [Way],
@@ -194,7 +225,10 @@ async fn in_turns<T>(
 ) -> Result<()> {
     for _ in 0..ROUNDS {
         for way in &mut *ways {
-            let measured = load(&way.to).await.context(way.row.way)?;
+            let measured = timeout(ROUND_LIMIT, load(&way.to))
+                .await
+                .unwrap_or_else(|_| Err(anyhow!("not done within {} s", ROUND_LIMIT.as_secs())));
+            let measured = measured.context(way.row.way)?;
             note(&mut way.row, measured)?;
         }
     }
@@ -250,7 +284,7 @@ async fn drain(relay: Relay, to: &Target) -> Result<()> {
             }
         };
         // Well before the watch's end: what is refused then, is refused by a live proxy.
-        let limit = Duration::from_millis(500);
+        let limit = Duration::from_secs(1);
         timeout(limit, refused).await.context("new clients are still accepted after SIGTERM")
     };
     tokio::try_join!(watch, terminate)?;
@@ -259,13 +293,15 @@ async fn drain(relay: Relay, to: &Target) -> Result<()> {
 
 fn tell(rows: &[Row]) {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    println!("{}", table::render(rows));
+    println!("\n{}\n", table::render(rows));
     println!(
-        "\nClients, proxy and server share {cores} processors, and clients and server do TLS on \
-         them.\n\
-         Checked: certificates end to end, every answer, event and byte; each proxy's counts of\n\
-         connections and bytes equal its clients', every connection ended in order, and SIGTERM \
-         let\n\
-         a watch finish, refused new clients and ended with status 0."
+        "reqs: on {} open connections; new: {} clients, a TLS connection per request; down, up:\n\
+         {} connections; watch: from sending an event to its arrival. Clients, proxy and server\n\
+         share {cores} processors, and TLS at both ends takes a good part of them.\n\n\
+         Checked: certificates end to end; every answer, event and byte; the proxies' counts of\n\
+         connections and bytes, equal to their clients'; that every connection ended in order;\n\
+         and that on SIGTERM new clients were refused, a watch went on to its end, and each\n\
+         proxy then ended with status 0.",
+        KEEP_ALIVE.0, NEW_CONNECTIONS.0, BULK.0
     );
 }

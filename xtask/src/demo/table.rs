@@ -44,70 +44,93 @@ impl Row {
 
 /// One number of a row.
 struct Column {
-    group: &'static str,
-    name: &'static str,
+    head: &'static str,
+    unit: &'static str,
     decimals: usize,
-    /// Whether the comparison with direct says anything.
+    /// Whether the ratio to direct says anything.
     is_compared: bool,
     value: fn(&Row) -> f64,
 }
 
-const WIDTH: usize = 9;
-
 #[expect(clippy::cast_precision_loss, reason = "counts are far below 2^52")]
-const COLUMNS: [Column; 11] = [
-    column("connec-", "tions", 0, |row| row.moved.connections as f64),
-    column("moved", "MB", 0, |row| (row.moved.sent + row.moved.received) as f64 / 1e6),
-    compared("requests", "/s", 0, |row| row.requests.per_second()),
+const COLUMNS: [Column; 10] = [
+    column("conns", "", 0, |row| row.moved.connections as f64),
+    column("moved", "GB", 2, |row| (row.moved.sent + row.moved.received) as f64 / 1e9),
+    compared("reqs", "/s", 0, |row| row.requests.per_second()),
     compared("p50", "us", 0, |row| row.requests.quantile_us(0.5)),
     compared("p99", "us", 0, |row| row.requests.quantile_us(0.99)),
-    compared("new conn.", "/s", 0, |row| row.fresh.per_second()),
+    compared("new", "/s", 0, |row| row.fresh.per_second()),
     compared("p50", "us", 0, |row| row.fresh.quantile_us(0.5)),
-    compared("p99", "us", 0, |row| row.fresh.quantile_us(0.99)),
     compared("down", "Gbit/s", 2, |row| row.down.gbit_per_second()),
     compared("up", "Gbit/s", 2, |row| row.up.gbit_per_second()),
-    compared("watch p50", "us", 0, |row| row.events.quantile_us(0.5)),
+    compared("watch", "p50 us", 0, |row| row.events.quantile_us(0.5)),
 ];
 
 const fn column(
-    group: &'static str,
-    name: &'static str,
+    head: &'static str,
+    unit: &'static str,
     decimals: usize,
     value: fn(&Row) -> f64,
 ) -> Column {
-    Column { group, name, decimals, is_compared: false, value }
+    Column { head, unit, decimals, is_compared: false, value }
 }
 
 const fn compared(
-    group: &'static str,
-    name: &'static str,
+    head: &'static str,
+    unit: &'static str,
     decimals: usize,
     value: fn(&Row) -> f64,
 ) -> Column {
-    Column { is_compared: true, ..column(group, name, decimals, value) }
+    Column { is_compared: true, ..column(head, unit, decimals, value) }
 }
 
-/// A line per way, the first of which is what the others are compared with.
+/// A line per way, the first of which is what the others are compared with in a line each.
 pub fn render(rows: &[Row]) -> String {
     let mut lines = vec![
-        line("engine", |column| column.group.to_owned()),
-        line("", |column| column.name.to_owned()),
+        line("engine", |column| column.head.to_owned()),
+        line("", |column| column.unit.to_owned()),
     ];
-    for row in rows {
+    for (index, row) in rows.iter().enumerate() {
         lines.push(line(row.way, |column| format!("{:.*}", column.decimals, (column.value)(row))));
-    }
-    if let Some((direct, others)) = rows.split_first() {
-        for row in others {
-            lines.push(line(&format!("{} : {}", row.way, direct.way), |column| {
-                let ratio = (column.value)(row) / (column.value)(direct);
+        if index > 0 {
+            lines.push(line("  ratio", |column| {
+                let ratio = (column.value)(row) / (column.value)(&rows[0]);
                 if column.is_compared { format!("{ratio:.2}") } else { String::new() }
             }));
         }
     }
-    lines.join("\n")
+    aligned(&lines)
 }
 
-fn line(title: &str, cell: impl Fn(&Column) -> String) -> String {
-    let cells: String = COLUMNS.iter().map(|column| format!(" {:>WIDTH$}", cell(column))).collect();
-    format!("{title:<16}{cells}").trim_end().to_owned()
+fn line(title: &str, cell: impl Fn(&Column) -> String) -> Vec<String> {
+    std::iter::once(title.to_owned()).chain(COLUMNS.iter().map(cell)).collect()
+}
+
+/// Titles to the left, all else to the right, as narrow as it gets: terminals have 80 columns.
+fn aligned(lines: &[Vec<String>]) -> String {
+    let width = |column: usize| lines.iter().map(|line| line[column].len()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..=COLUMNS.len()).map(width).collect();
+    let drawn = lines.iter().map(|line| {
+        let mut cells = line.iter().zip(&widths);
+        let title = cells.next().map(|(title, width)| format!("{title:<width$}"));
+        let others = cells.map(|(cell, width)| format!("  {cell:>width$}"));
+        let drawn: String = title.into_iter().chain(others).collect();
+        drawn.trim_end().to_owned()
+    });
+    drawn.collect::<Vec<_>>().join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_way_but_the_first_is_followed_by_its_ratio() {
+        let ways = ["direct", "splice", "copy"];
+        let rows: Vec<Row> = ways.iter().map(|way| Row::new(way).expect("a row")).collect();
+        let table = render(&rows);
+        let titles: Vec<&str> =
+            table.lines().map(|line| line.split("   ").next().unwrap_or_default().trim()).collect();
+        assert_eq!(titles, ["engine", "", "direct", "splice", "ratio", "copy", "ratio"], "{table}");
+    }
 }
