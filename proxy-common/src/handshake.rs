@@ -117,7 +117,7 @@ pub struct Pending {
 pub enum Counter {
     /// A handshake segment went by without an event: the ring buffer was full.
     Lost = 0,
-    /// A handshake segment whose header could not be read.
+    /// A TCP segment whose headers could not be read, or do not fit into it.
     Unreadable = 1,
 }
 
@@ -164,8 +164,9 @@ mod user {
     impl From<SocketAddr> for Endpoint {
         fn from(address: SocketAddr) -> Self {
             let ip = match address.ip() {
+                // Every address, whatever the family: all zero, see [`Endpoint::address`].
+                ip if ip.is_unspecified() => Ipv6Addr::UNSPECIFIED,
                 IpAddr::V4(ip) => ip.to_ipv6_mapped(),
-                // Every address of either family: the listener's own meaning of [::].
                 IpAddr::V6(ip) => ip,
             };
             Self { address: ip.octets(), port: address.port() }
@@ -204,6 +205,14 @@ mod tests {
         for text in ["192.0.2.1:443", "[2001:db8::1]:6443"] {
             let address: SocketAddr = text.parse().unwrap();
             assert_eq!(SocketAddr::from(Endpoint::from(address)), address);
+        }
+    }
+
+    #[test]
+    fn every_address_of_a_family_is_every_address() {
+        for text in ["0.0.0.0:443", "[::]:443"] {
+            let endpoint = Endpoint::from(text.parse::<SocketAddr>().unwrap());
+            assert_eq!(endpoint, Endpoint { address: [0; 16], port: 443 }, "{text}");
         }
     }
 

@@ -5,7 +5,7 @@
 
 use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::bindings::bpf_hdr_start_off::BPF_HDR_START_NET;
-use aya_ebpf::helpers::{bpf_ktime_get_ns, bpf_skb_load_bytes_relative};
+use aya_ebpf::helpers::{bpf_ktime_get_ns, bpf_skb_load_bytes_relative, bpf_skb_pull_data};
 use aya_ebpf::programs::TcContext;
 use aya_log_ebpf::debug;
 use proxy_common::{
@@ -37,6 +37,11 @@ struct Segment {
     traffic_class: u8,
 }
 
+/// What reading the headers came to. (Numbers, because a function of a kernel program returns one.)
+const OTHER: u8 = 0;
+const WATCHED_PORT: u8 = 1;
+const UNREADABLE: u8 = 2;
+
 /// Reports the segment if it belongs to a handshake that is watched.
 ///
 /// The steps are functions of their own in the object as well: together they may use 512 bytes of
@@ -45,8 +50,15 @@ struct Segment {
 pub fn try_observe(ctx: &TcContext, hook: u8) -> Result<(), Counter> {
     let skb = ctx.skb.skb;
     let mut segment = Segment::EMPTY;
-    if !read_ip(skb, &mut segment) || !read_tcp(skb, &mut segment) {
-        return Ok(());
+    let mut outcome = read_headers(skb, &mut segment);
+    if outcome == UNREADABLE {
+        gather_headers(skb);
+        outcome = read_headers(skb, &mut segment);
+    }
+    match outcome {
+        WATCHED_PORT => {}
+        UNREADABLE => return Err(Counter::Unreadable),
+        _ => return Ok(()),
     }
     match step(&segment, hook) {
         0 => Ok(()),
@@ -69,62 +81,70 @@ impl Segment {
     };
 }
 
-/// False for everything but a whole TCP segment. Extension headers of IPv6 are not followed: no
-/// TCP stack puts them before a handshake, and who does so is not fit for rewriting.
+#[inline(always)]
+fn read_headers(skb: *mut __sk_buff, segment: &mut Segment) -> u8 {
+    match read_ip(skb, segment) {
+        WATCHED_PORT => read_tcp(skb, segment),
+        other => other,
+    }
+}
+
+/// Everything but a whole TCP segment is something other. Extension headers of IPv6 are not
+/// followed: no TCP stack puts them before a handshake, and who does so is not fit for rewriting.
 #[inline(never)]
-fn read_ip(skb: *mut __sk_buff, segment: &mut Segment) -> bool {
+fn read_ip(skb: *mut __sk_buff, segment: &mut Segment) -> u8 {
     // SAFETY: the context is the kernel's, alive for the whole run of the program.
     let protocol = unsafe { (*skb).protocol };
     match u16::from_be(protocol as u16) {
         ETH_P_IP => read_ipv4(skb, segment),
         ETH_P_IPV6 => read_ipv6(skb, segment),
-        _ => false,
+        _ => OTHER,
     }
 }
 
 #[inline(always)]
-fn read_ipv4(skb: *mut __sk_buff, segment: &mut Segment) -> bool {
+fn read_ipv4(skb: *mut __sk_buff, segment: &mut Segment) -> u8 {
     let Some(header) = load::<20>(skb, 0) else {
-        return false;
+        return UNREADABLE;
     };
     let fragment = u16::from_be_bytes([header[6], header[7]]) & 0x3fff;
     if header[9] != IPPROTO_TCP || fragment != 0 {
-        return false;
+        return OTHER;
     }
     segment.source.address = mapped([header[12], header[13], header[14], header[15]]);
     segment.destination.address = mapped([header[16], header[17], header[18], header[19]]);
     segment.tcp = u32::from(header[0] & 0x0f) * 4;
     segment.family = 4;
     segment.traffic_class = header[1];
-    true
+    WATCHED_PORT
 }
 
 #[inline(always)]
-fn read_ipv6(skb: *mut __sk_buff, segment: &mut Segment) -> bool {
+fn read_ipv6(skb: *mut __sk_buff, segment: &mut Segment) -> u8 {
     let Some(header) = load::<IPV6_HEADER>(skb, 0) else {
-        return false;
+        return UNREADABLE;
     };
     if header[6] != IPPROTO_TCP {
-        return false;
+        return OTHER;
     }
     segment.source.address.copy_from_slice(&header[8..24]);
     segment.destination.address.copy_from_slice(&header[24..40]);
     segment.tcp = IPV6_HEADER as u32;
     segment.family = 6;
     segment.traffic_class = header[0] << 4 | header[1] >> 4;
-    true
+    WATCHED_PORT
 }
 
-/// False for a segment that has nothing to do with a watched port.
+/// A segment that has nothing to do with a watched port is something other.
 #[inline(never)]
-fn read_tcp(skb: *mut __sk_buff, segment: &mut Segment) -> bool {
+fn read_tcp(skb: *mut __sk_buff, segment: &mut Segment) -> u8 {
     let Some(header) = load::<TCP_HEADER>(skb, segment.tcp) else {
-        return false;
+        return UNREADABLE;
     };
     segment.source.port = u16::from_be_bytes([header[0], header[1]]);
     segment.destination.port = u16::from_be_bytes([header[2], header[3]]);
     if !is_port_watched(segment.source.port) && !is_port_watched(segment.destination.port) {
-        return false;
+        return OTHER;
     }
     segment.sequence = u32::from_be_bytes([header[4], header[5], header[6], header[7]]);
     segment.acknowledgement = u32::from_be_bytes([header[8], header[9], header[10], header[11]]);
@@ -132,11 +152,10 @@ fn read_tcp(skb: *mut __sk_buff, segment: &mut Segment) -> bool {
     segment.window = u16::from_be_bytes([header[14], header[15]]);
     let length = u32::from(header[12] >> 4) * 4;
     segment.options = length.wrapping_sub(TCP_HEADER as u32);
-    length >= TCP_HEADER as u32
+    if length < TCP_HEADER as u32 { OTHER } else { WATCHED_PORT }
 }
 
-/// Which step of a watched handshake the segment is; 0 for none. (A number, because a function of
-/// a kernel program returns one.)
+/// Which step of a watched handshake the segment is; 0 for none.
 #[inline(never)]
 fn step(segment: &Segment, hook: u8) -> u8 {
     match segment.flags & (flags::SYN | flags::ACK | flags::RST | flags::FIN) {
@@ -223,8 +242,11 @@ fn report(skb: *mut __sk_buff, hook: u8, step: u8, segment: &Segment) -> Result<
     };
     let first = segment.tcp + TCP_HEADER as u32;
     if !load_options(skb, first, segment.options, &mut event.raw_options) {
-        entry.discard(0);
-        return Err(Counter::Unreadable);
+        gather_headers(skb);
+        if !load_options(skb, first, segment.options, &mut event.raw_options) {
+            entry.discard(0);
+            return Err(Counter::Unreadable);
+        }
     }
     // The length from memory too, for the reason that parse_in_place gives: after the loop above
     // the verifier knows eleven different ranges of it.
@@ -254,7 +276,7 @@ fn tell(skb: *mut __sk_buff, event: &Handshake) {
 }
 
 /// Reads `length` bytes of options, word by word: each call has a size that the verifier knows.
-#[inline(always)]
+#[inline(never)]
 fn load_options(skb: *mut __sk_buff, first: u32, length: u32, into: &mut OptionsBuffer) -> bool {
     for (word, chunk) in into.chunks_exact_mut(4).enumerate() {
         let at = word as u32 * 4;
@@ -269,8 +291,21 @@ fn load_options(skb: *mut __sk_buff, first: u32, length: u32, into: &mut Options
     true
 }
 
+/// Brings the headers into the packet's first, contiguous part, the only one that [`load`] reads.
+/// They nearly always are there: drivers see to it. (Asking for it each time would make the kernel
+/// copy the headers of every segment that it keeps for retransmission.)
+#[inline(never)]
+fn gather_headers(skb: *mut __sk_buff) {
+    /// Ethernet with one tag, IPv4 with all options (more than IPv6), TCP with all options.
+    const HEADERS: u32 = 14 + 4 + 60 + 60;
+    // SAFETY: as in read_ip.
+    let length = unsafe { (*skb).len };
+    // SAFETY: no preconditions; nothing here holds a pointer into the packet.
+    let _ = unsafe { bpf_skb_pull_data(skb, if length < HEADERS { length } else { HEADERS }) };
+}
+
 /// `N` bytes from the start of the IP header on, whether or not the device has another header
-/// before it, and wherever in the buffer they are.
+/// before it; `None` if they are not all in the packet's contiguous part.
 #[inline(always)]
 fn load<const N: usize>(skb: *mut __sk_buff, offset: u32) -> Option<[u8; N]> {
     let mut bytes = [0u8; N];

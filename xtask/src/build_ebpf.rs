@@ -5,11 +5,11 @@
 //! and its answers are turned into plain lines.
 
 use std::io::{BufRead as _, BufReader};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
 use anyhow::{Context as _, Result, ensure};
 
-use crate::shell::{root, say, target};
+use crate::shell::{root, say, target, this_program};
 use crate::toolchain::Toolchain;
 
 /// File name of the object, which its Cargo.toml gives.
@@ -43,7 +43,7 @@ pub fn build() -> Result<()> {
     std::fs::create_dir_all(&folder)?;
     say("building the kernel programs");
     let endian = if cfg!(target_endian = "big") { "big" } else { "little" };
-    let mut child = Command::new(std::env::current_exe()?)
+    let mut child = this_program()
         .args(["build-ebpf", "--as-build-script"])
         .current_dir(root())
         .envs(toolchain.environment())

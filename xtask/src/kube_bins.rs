@@ -1,4 +1,4 @@
-//! Kubernetes's own programs for the tests: where `KUBEBUILDER_ASSETS` says, else built with Go.
+//! Kubernetes's own programs for the tests: from `KUBEBUILDER_ASSETS`, else built with Go.
 
 use std::collections::hash_map::DefaultHasher;
 use std::env;
@@ -18,19 +18,27 @@ const MODULE: &str = "tests/kube-bins";
 const LDFLAGS: &str = "-s -w -X k8s.io/component-base/version.gitVersion=v1.36.3 \
     -X k8s.io/component-base/version.gitMajor=1 -X k8s.io/component-base/version.gitMinor=36";
 
-/// The folder with the programs, which is built if it does not fit its sources.
+/// What the tests start. Released sets of test programs often lack the controller manager.
+const PROGRAMS: [&str; 4] = ["kube-apiserver", "kube-controller-manager", "kube-proxy", "etcd"];
+
+/// The folder with the programs, which is built if it does not fit its sources. The tests take
+/// what `KUBEBUILDER_ASSETS` has from there, and the rest from this folder.
 ///
 /// # Errors
 /// One line that says what to install or to set.
 pub fn ensure() -> Result<PathBuf> {
-    if let Some(folder) = env::var_os("KUBEBUILDER_ASSETS").map(PathBuf::from) {
-        ensure!(
-            folder.join("kube-apiserver").is_file(),
-            "no kube-apiserver in KUBEBUILDER_ASSETS={}",
-            folder.display()
-        );
-        say(&format!("Kubernetes: programs in {} (KUBEBUILDER_ASSETS)", folder.display()));
-        return Ok(folder);
+    let assets = env::var_os("KUBEBUILDER_ASSETS").map(PathBuf::from);
+    ensure!(
+        has(assets.as_deref(), "kubectl") || which("kubectl").is_some(),
+        "kubectl (install it, or set KUBEBUILDER_ASSETS to a folder that has it)"
+    );
+    if let Some(folder) = assets {
+        let lacking = PROGRAMS.into_iter().find(|program| !has(Some(&folder), program));
+        let Some(program) = lacking else {
+            say(&format!("Kubernetes: programs in {} (KUBEBUILDER_ASSETS)", folder.display()));
+            return Ok(folder);
+        };
+        say(&format!("Kubernetes: {} has no {program}", folder.display()));
     }
     let module = root().join(MODULE);
     let folder = target().join("kube-bins");
@@ -42,7 +50,8 @@ pub fn ensure() -> Result<PathBuf> {
     }
     let go = which("go").context(
         "Kubernetes's programs (install Go 1.26 or later to have them built, or set \
-         KUBEBUILDER_ASSETS to a folder with kube-apiserver, kube-controller-manager and etcd)",
+         KUBEBUILDER_ASSETS to a folder with kube-apiserver, kube-controller-manager, \
+         kube-proxy and etcd)",
     )?;
     say("building Kubernetes's programs with Go: some minutes, once");
     fs::create_dir_all(&folder)?;
@@ -57,6 +66,10 @@ pub fn ensure() -> Result<PathBuf> {
     .context("Kubernetes's programs")?;
     fs::write(&stamp, wanted)?;
     Ok(folder)
+}
+
+fn has(folder: Option<&Path>, program: &str) -> bool {
+    folder.is_some_and(|folder| folder.join(program).is_file())
 }
 
 /// Changes whenever the module does. An unlucky change of the hash costs one build.

@@ -129,6 +129,11 @@ fn debian_way(apt: &Apt) -> Result<()> {
     if toolchain::linker().is_some() {
         return Ok(());
     }
+    debian_linker(apt)
+}
+
+/// bpf-linker, with the LLVM of Debian's rustc.
+fn debian_linker(apt: &Apt) -> Result<()> {
     let llvm = debian_llvm()?;
     apt.install(&[&format!("llvm-{llvm}-dev"), &format!("libpolly-{llvm}-dev"), "g++"])?;
     install_linker_from_source(&llvm)
@@ -152,7 +157,8 @@ fn install_linker_from_source(llvm: &str) -> Result<()> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let folders = std::iter::once(prefix.join("bin")).chain(std::env::split_paths(&path));
     let feature = format!("llvm-{llvm}");
-    let args = ["install", "bpf-linker", "--quiet", "--locked", "--version", LINKER_VERSION];
+    let args =
+        ["install", "bpf-linker", "--quiet", "--locked", "--force", "--version", LINKER_VERSION];
     let mut install = command("cargo", &args);
     install.args(["--no-default-features", "--features", &feature]);
     // llvm-sys looks for llvm-config on PATH.
@@ -197,17 +203,17 @@ fn install_released_linker() -> Result<()> {
     downloaded.context("bpf-linker's release")
 }
 
-/// A linker with an older LLVM than rustc's is only noticed by linking. A nightly moves on under
-/// an old linker, so then a new linker is worth one try.
+/// A linker with an older LLVM than rustc's is only noticed by linking. Toolchains move on under
+/// an old linker, so a new one is worth one try.
 fn prove_toolchain() -> Result<()> {
     let Err(failure) = build_ebpf::build() else {
         return Ok(());
     };
     let found = Toolchain::find().context("eBPF toolchain")?;
-    if found.way != Way::Nightly {
-        return Err(failure);
+    say(&format!("{failure:#}; trying with a new bpf-linker"));
+    match found.way {
+        Way::Debian => debian_linker(&Apt::find().context("no right to install packages")?)?,
+        Way::Nightly => install_released_linker()?,
     }
-    say(&format!("{failure:#}; trying with the newest bpf-linker"));
-    install_released_linker()?;
     build_ebpf::build()
 }

@@ -24,6 +24,12 @@ pub fn command(program: &str, args: &[&str]) -> Command {
     command
 }
 
+/// This very program, even if cargo has put a newer one in its place meanwhile, as it does when
+/// `cargo xtask test` builds the workspace.
+pub fn this_program() -> Command {
+    Command::new("/proc/self/exe")
+}
+
 /// The cargo that runs us, and so the toolchain that the user chose.
 pub fn cargo(args: &[&str]) -> Command {
     let cargo = env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned());

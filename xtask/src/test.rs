@@ -12,18 +12,21 @@ use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::kube_bins;
 use crate::setup::{self, Scope};
-use crate::shell::{cargo, root, run as sh, say, target};
+use crate::shell::{cargo, root, run as sh, say, target, this_program};
 
 /// What the suites run, below the target folder.
 const PROGRAM: &str = "debug/steward-tcp-proxy";
 
-/// Every file of `tests/tests`, by what it needs. To add a suite, name its file here.
+/// Every file of `tests/tests` and `proxy/tests`, by what it needs, quick ones first. To add a
+/// suite, name its file here.
 const SUITES: &[(Tier, &str)] = &[
+    (Tier::Unit, "readme"),
     (Tier::Contract, "cli"),
     (Tier::Contract, "admin"),
-    (Tier::Contract, "drain"),
     (Tier::Contract, "limits"),
+    (Tier::Contract, "drain"),
     (Tier::Contract, "contract"),
+    (Tier::Kernel, "observer"),
     (Tier::Kernel, "hosts"),
     (Tier::Kernel, "check"),
     (Tier::Kube, "apiserver_smoke"),
@@ -39,7 +42,7 @@ pub enum Tier {
     Contract,
     /// Namespaces, kernel programs and the demo: root
     Kernel,
-    /// A real API server: its programs, and root
+    /// A real API server: Go, or its programs in KUBEBUILDER_ASSETS
     Kube,
     /// Everything
     All,
@@ -73,9 +76,7 @@ pub fn run(flags: &Flags) -> Result<()> {
         unit(&mut report);
     }
     report.step("every suite has a tier", every_suite_has_a_tier);
-    if [Tier::Contract, Tier::Kernel, Tier::Kube].into_iter().any(wants) {
-        report.step("build the program", || sh(&mut cargo(&["build", "--package", "proxy"])));
-    }
+    report.step("build the program", || sh(&mut cargo(&["build"])));
     for &(tier, suite) in SUITES.iter().filter(|(tier, _)| wants(*tier)) {
         report.step(&format!("suite {suite}"), || run_suite(tier, suite));
     }
@@ -88,21 +89,24 @@ pub fn run(flags: &Flags) -> Result<()> {
 /// The README's other command, with the program as the suites use it: not optimized, so its
 /// figures mean nothing here, but all that it checks is checked.
 fn demo() -> Result<()> {
-    let this = std::env::current_exe().context("cannot find this program")?;
-    sh(Command::new(this).arg("demo").arg("--proxy").arg(target().join(PROGRAM)))
+    sh(this_program().arg("demo").arg("--proxy").arg(target().join(PROGRAM)))
 }
 
+/// No step names packages: which ones are built decides which features their dependencies have,
+/// so every other choice would build half of them again.
 fn unit(report: &mut Report) {
-    let steps: [(&str, &[&str]); 4] = [
+    let steps: [(&str, &[&str]); 5] = [
         ("format", &["fmt", "--all", "--check"]),
         ("lints", &["clippy", "--all-targets", "--", "-D", "warnings"]),
-        ("documentation", &["doc", "--no-deps"]),
-        ("unit tests", &["test", "-p", "proxy", "-p", "proxy-common", "-p", "xtask"]),
+        ("documentation", &["doc", "--no-deps", "--document-private-items"]),
+        ("unit tests", &["test", "--lib", "--bins"]),
+        ("examples in documentation", &["test", "--doc"]),
     ];
     for (name, args) in steps {
         let mut command = cargo(args);
         if name == "documentation" {
-            command.env("RUSTDOCFLAGS", "-D warnings");
+            // The documentation is for those who work on this: it has the private items too.
+            command.env("RUSTDOCFLAGS", "-D warnings -A rustdoc::private_intra_doc_links");
         }
         report.step(name, || sh(&mut command));
     }
@@ -110,9 +114,9 @@ fn unit(report: &mut Report) {
 
 /// A suite that nobody runs proves nothing.
 fn every_suite_has_a_tier() -> Result<()> {
-    let folder = root().join("tests/tests");
+    let folders = ["tests/tests", "proxy/tests"].map(|folder| root().join(folder));
     let mut found = BTreeSet::new();
-    for entry in fs::read_dir(&folder).into_iter().flatten() {
+    for entry in folders.iter().filter_map(|folder| fs::read_dir(folder).ok()).flatten() {
         let path = entry?.path();
         // As cargo finds them: a file, or a folder with a main.rs.
         if path.extension().is_some_and(|extension| extension == "rs")
@@ -125,21 +129,21 @@ fn every_suite_has_a_tier() -> Result<()> {
     let differing: Vec<_> = found.symmetric_difference(&listed).cloned().collect();
     ensure!(
         differing.is_empty(),
-        "xtask/src/test.rs and tests/tests differ in: {}",
+        "xtask/src/test.rs and the folders of suites differ in: {}",
         differing.join(", ")
     );
     Ok(())
 }
 
 fn run_suite(tier: Tier, suite: &str) -> Result<()> {
-    let mut command = cargo(&["test", "--package", "proxy-tests", "--test", suite]);
+    let mut command = cargo(&["test", "--test", suite]);
     command.env("STEWARD_TCP_PROXY_BIN", target().join(PROGRAM));
     meet_needs(tier, &mut command)?;
     sh(&mut command)
 }
 
 fn meet_needs(tier: Tier, command: &mut Command) -> Result<()> {
-    if matches!(tier, Tier::Kernel | Tier::Kube) && !rustix::process::geteuid().is_root() {
+    if tier == Tier::Kernel && !rustix::process::geteuid().is_root() {
         bail!("this tier makes network namespaces and loads kernel programs: run it as root");
     }
     if tier == Tier::Kube {

@@ -281,7 +281,7 @@ fn line(path: &str) -> Option<String> {
     (!text.is_empty()).then(|| text.to_owned())
 }
 
-/// The bracketed one of "none [integrity] confidentiality".
+/// The bracketed one of `none [integrity] confidentiality`.
 fn selected(text: &str) -> Option<String> {
     Some(text.split_once('[')?.1.split_once(']')?.0.to_owned())
 }

@@ -156,7 +156,7 @@ impl Show {
 
     async fn start_server(&self) -> Result<Server> {
         let address = SocketAddr::new(self.plan.server, self.plan.server_port);
-        let mut command = Command::new(std::env::current_exe()?);
+        let mut command = Command::from(crate::shell::this_program());
         command.args(["demo", "--as-server", &address.to_string()]).stdout(Stdio::piped());
         let mut process = self.server.spawn(command)?;
         let mut output = BufReader::new(process.stdout.take().context("no output")?).lines();
