@@ -81,7 +81,8 @@ impl App {
 
         let drain = Drain::default();
         let timeout = config.connect_timeout;
-        let upstream = Arc::new(Upstream::new(&config.upstream, timeout, Arc::clone(&metrics)));
+        let upstream = Upstream::new(&config.upstream, timeout, listening, Arc::clone(&metrics));
+        let upstream = Arc::new(upstream);
         let readiness = Readiness::new(drain.watcher(), Arc::clone(&upstream));
         let shared = Shared {
             wish: config.engine,

@@ -14,7 +14,7 @@
 
 use std::future::poll_fn;
 use std::io;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
@@ -105,6 +105,16 @@ impl Socket {
     /// The reactor is shutting down.
     pub async fn writable(&self) -> io::Result<()> {
         poll_fn(|context| self.fd.poll_write_ready(context).map_ok(drop)).await
+    }
+
+    /// Our end's address, IPv4 in its own form.
+    ///
+    /// # Errors
+    /// Those of getsockname(2).
+    pub fn local_ip(&self) -> io::Result<IpAddr> {
+        let address = SockRef::from(&self.fd).local_addr()?.as_socket();
+        let address = address.ok_or(io::ErrorKind::Unsupported)?;
+        Ok(address.ip().to_canonical())
     }
 
     /// Ends when the connection has failed: RST, a time-out, a lost route.

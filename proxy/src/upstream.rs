@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use futures::stream::{FuturesUnordered, StreamExt};
 use tokio::time::{Instant, sleep_until, timeout_at};
-use tracing::{debug, info, warn};
+use tracing::{debug, error, info, warn};
 
 use crate::config::{Host, HostPort, UpstreamAddrs};
 use crate::metrics::Metrics;
@@ -38,6 +38,8 @@ const CONTACT_HOLDS: Duration = Duration::from_secs(5);
 pub struct Upstream {
     entries: Vec<Entry>,
     connect_timeout: Duration,
+    /// Where this proxy itself listens.
+    listening: SocketAddr,
     health: Mutex<Health>,
     probing: tokio::sync::Mutex<()>,
     metrics: Arc<Metrics>,
@@ -78,6 +80,9 @@ pub enum DialError {
     /// The host answered that nobody listens.
     #[error("refused")]
     Refused,
+    /// The address leads back to this proxy.
+    #[error("leads back to this proxy")]
+    Loop,
     /// This host is out of descriptors, ports or memory.
     #[error("out of local resources")]
     Local,
@@ -92,6 +97,7 @@ impl DialError {
             Self::Unreachable => "upstream_unreachable",
             Self::TimedOut => "upstream_timeout",
             Self::Refused => "upstream_refused",
+            Self::Loop => "upstream_is_self",
             Self::Local => "local_resources",
         }
     }
@@ -100,6 +106,7 @@ impl DialError {
 impl From<&io::Error> for DialError {
     fn from(error: &io::Error) -> Self {
         match error.raw_os_error() {
+            Some(libc::ELOOP) => Self::Loop,
             Some(libc::ECONNREFUSED | libc::ECONNRESET) => Self::Refused,
             Some(libc::ETIMEDOUT) => Self::TimedOut,
             Some(
@@ -123,6 +130,7 @@ impl Upstream {
     pub fn new(
         addresses: &UpstreamAddrs,
         connect_timeout: Duration,
+        listening: SocketAddr,
         metrics: Arc<Metrics>,
     ) -> Self {
         let entry = |HostPort { host, port }: &HostPort| Entry {
@@ -135,6 +143,7 @@ impl Upstream {
         Self {
             entries: addresses.0.iter().map(entry).collect(),
             connect_timeout,
+            listening,
             health: Mutex::default(),
             probing: tokio::sync::Mutex::default(),
             metrics,
@@ -157,7 +166,8 @@ impl Upstream {
             Err(DialError::Unresolved
                 | DialError::Unreachable
                 | DialError::TimedOut
-                | DialError::Refused)
+                | DialError::Refused
+                | DialError::Loop)
         );
         self.note_contact(answered);
         result
@@ -253,7 +263,27 @@ impl Upstream {
     }
 
     async fn attempt(&self, address: SocketAddr) -> (SocketAddr, io::Result<socket::Socket>) {
-        (address, socket::Socket::connect(address).await)
+        let connected = socket::Socket::connect(address).await;
+        (address, connected.and_then(|socket| self.unless_own(address, socket)))
+    }
+
+    /// Refuses a connection to our own listener: each client would become another client, until
+    /// every descriptor of the host is a part of the circle.
+    fn unless_own(
+        &self,
+        address: SocketAddr,
+        socket: socket::Socket,
+    ) -> io::Result<socket::Socket> {
+        if address.port() != self.listening.port() {
+            return Ok(socket);
+        }
+        // A connection whose two ends have one address never left this host.
+        let stays_here = socket.local_ip()? == address.ip().to_canonical();
+        let listening = self.listening.ip().to_canonical();
+        if stays_here && (listening.is_unspecified() || listening == address.ip().to_canonical()) {
+            return Err(io::Error::from_raw_os_error(libc::ELOOP));
+        }
+        Ok(socket)
     }
 
     /// All known addresses, penalised ones last. `again` resolves names anew, unless that was
@@ -291,6 +321,11 @@ impl Upstream {
         }
         match (outcome, error) {
             (Some(DialError::Local), Some(error)) => warn!(%address, %error, "cannot dial"),
+            (Some(DialError::Loop), _) => {
+                if self.penalise(address) {
+                    error!(%address, "--upstream-addr leads back to this proxy's own listener");
+                }
+            }
             (Some(_), Some(error)) => {
                 debug!(%address, %error, "upstream address failed");
                 self.penalise(address);
@@ -309,11 +344,14 @@ impl Upstream {
         self.penalise(address);
     }
 
-    fn penalise(&self, address: SocketAddr) {
+    /// Tries `address` last for a while; true if that is news.
+    fn penalise(&self, address: SocketAddr) -> bool {
         let until = Instant::now() + PENALTY;
-        if self.health().penalties.insert(address, until).is_none() {
+        let is_news = self.health().penalties.insert(address, until).is_none();
+        if is_news {
             warn!(%address, "upstream address failed; it is tried last for a while");
         }
+        is_news
     }
 
     fn note_contact(&self, answered: bool) {
@@ -342,7 +380,22 @@ mod tests {
     fn upstream(addresses: &[SocketAddr]) -> Upstream {
         let hosts = addresses.iter().map(|a| HostPort { host: Host::Ip(a.ip()), port: a.port() });
         let metrics = Arc::new(Metrics::new().expect("registers"));
-        Upstream::new(&UpstreamAddrs(hosts.collect()), Duration::from_secs(5), metrics)
+        let listening = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), 1);
+        let hosts = UpstreamAddrs(hosts.collect());
+        Upstream::new(&hosts, Duration::from_secs(5), listening, metrics)
+    }
+
+    #[tokio::test]
+    async fn an_upstream_that_is_this_proxy_is_refused() {
+        let (_ours, ours) = listener();
+        for listening in [ours, SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), ours.port())] {
+            let mut upstream = upstream(&[ours]);
+            upstream.listening = listening;
+            assert_eq!(upstream.connect().await.err(), Some(DialError::Loop));
+        }
+        let mut upstream = upstream(&[ours]);
+        upstream.listening = SocketAddr::new(Ipv4Addr::new(127, 0, 0, 2).into(), ours.port());
+        upstream.connect().await.expect("the same port of another address is fine");
     }
 
     fn listener() -> (TcpListener, SocketAddr) {

@@ -56,6 +56,7 @@ fn every_reason_is_in_the_readme() {
         DialError::Unreachable,
         DialError::TimedOut,
         DialError::Refused,
+        DialError::Loop,
         DialError::Local,
     ];
     let reasons = reasons.into_iter().map(Reason::as_label);

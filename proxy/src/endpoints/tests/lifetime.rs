@@ -24,8 +24,13 @@ fn metrics() -> Arc<Metrics> {
 
 async fn run_with(config: EndpointConfig, metrics: Arc<Metrics>, drain: &Drain) {
     let loopback = HostPort { host: Host::Ip([127, 0, 0, 1].into()), port: 1 };
-    let upstream =
-        Upstream::new(&UpstreamAddrs(vec![loopback]), Duration::from_secs(1), Arc::clone(&metrics));
+    let elsewhere = (std::net::Ipv4Addr::LOCALHOST, 1).into();
+    let upstream = Upstream::new(
+        &UpstreamAddrs(vec![loopback]),
+        Duration::from_secs(1),
+        elsewhere,
+        Arc::clone(&metrics),
+    );
     let readiness = Readiness::new(drain.watcher(), Arc::new(upstream));
     run(config, readiness, metrics, drain.watcher()).await;
 }
