@@ -12,7 +12,7 @@ use tracing::{debug, warn};
 use crate::config::ListenAddr;
 use crate::drain::Watcher;
 use crate::session::{self, Shared};
-use crate::socket::{self, Downstream, Socket};
+use crate::socket::{self, Socket};
 
 /// Accepted in one go before other tasks of the thread get a turn.
 const BATCH: usize = 64;
@@ -62,8 +62,10 @@ pub async fn run(listener: TcpListener, shared: Arc<Shared>, max_connections: us
         () = acceptor.accept_for_ever() => {}
         () = acceptor.drain.draining() => {}
     }
-    // Non-blocking and bounded: the queue is finite, and a failure here ends the process anyway.
-    while acceptor.accept_one().is_ok() {}
+    tokio::select! {
+        () = acceptor.empty_the_queue() => {}
+        () = acceptor.drain.cut() => {}
+    }
 }
 
 struct Acceptor {
@@ -95,6 +97,17 @@ impl Acceptor {
         }
     }
 
+    /// Takes all who wait, if need be as live connections end and descriptors are free again.
+    async fn empty_the_queue(&self) {
+        loop {
+            match self.accept_one() {
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(_) => tokio::time::sleep(PAUSES.0).await,
+            }
+        }
+    }
+
     /// Takes up to [`BATCH`] clients; true if more may be waiting.
     fn accept_batch(&self) -> io::Result<bool> {
         for _ in 0..BATCH {
@@ -122,8 +135,7 @@ impl Acceptor {
             session::refused(&self.shared.metrics, address);
             return Ok(());
         };
-        let client = Downstream(Socket::new(fd)?);
-        let session = session::serve(Arc::clone(&self.shared), client, address, permit);
+        let session = session::serve(Arc::clone(&self.shared), fd, address, permit);
         tokio::spawn(self.drain.track(session));
         Ok(())
     }

@@ -2,12 +2,17 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
 use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use tokio::sync::Semaphore;
 
 use crate::metrics::Metrics;
 use crate::readiness::Readiness;
@@ -18,7 +23,15 @@ struct Admin {
     readiness: Readiness,
 }
 
-/// Serves the admin address until the task is dropped.
+/// Connections served at once. Scrapers and probes need a handful; without a bound, anybody on
+/// this host could take the descriptors that relays need.
+const CONNECTIONS: usize = 64;
+
+/// How long a client may take for a request's head, and keep a connection without one.
+const HEAD: Duration = Duration::from_secs(10);
+
+/// Serves the admin address until the task is dropped. Connections beyond [`CONNECTIONS`] are
+/// closed at once.
 ///
 /// # Errors
 /// The listener cannot be used.
@@ -34,7 +47,24 @@ pub async fn serve(
         .route("/readyz", get(ready))
         .route("/version", get(|| async { concat!(env!("CARGO_PKG_VERSION"), "\n") }))
         .with_state(Admin { metrics, readiness });
-    axum::serve(listener, routes).await
+    let mut http = http1::Builder::new();
+    http.timer(TokioTimer::new()).header_read_timeout(HEAD);
+    let places = Arc::new(Semaphore::new(CONNECTIONS));
+    loop {
+        let Ok((stream, _)) = listener.accept().await else {
+            // Out of descriptors, most likely; the relays' listener says so.
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            continue;
+        };
+        let Ok(place) = Arc::clone(&places).try_acquire_owned() else { continue };
+        let service = TowerToHyperService::new(routes.clone());
+        let connection = http.serve_connection(TokioIo::new(stream), service);
+        tokio::spawn(async move {
+            let _place = place;
+            // A client that goes away in the middle is its own affair.
+            let _ = connection.await;
+        });
+    }
 }
 
 /// Binds the admin address.

@@ -3,7 +3,9 @@
 //! Two runtimes: one moves bytes, the other answers scrapes and talks to Kubernetes, so that
 //! neither a slow scrape nor a large watch event can delay a client.
 
+use std::io::Write as _;
 use std::net::SocketAddr;
+use std::panic::PanicHookInfo;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -35,15 +37,34 @@ pub fn main(config: Config) -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
+    let usual_hook = end_on_panic();
     // Flushes what is still buffered when it is dropped, last of all.
     let _flush = logging::init(config.log_format, config.verbosity);
-    match App::start(&config, metrics).and_then(|app| app.run_to_end(&config)) {
+    let started = App::start(&config, metrics);
+    std::panic::set_hook(usual_hook);
+    match started.and_then(|app| app.run_to_end(&config)) {
         Ok(code) => code,
         Err(error) => {
             error!("cannot run: {error:#}");
             ExitCode::FAILURE
         }
     }
+}
+
+type PanicHook = Box<dyn Fn(&PanicHookInfo<'_>) + Sync + Send>;
+
+/// While the proxy starts, a panic is a lack of threads (tokio and the log's writer do not return
+/// that as an error, and waiting for the others could then take for ever): one line, and the end.
+fn end_on_panic() -> PanicHook {
+    let usual = std::panic::take_hook();
+    std::panic::set_hook(Box::new(|info| {
+        let text = info.payload().downcast_ref::<String>().map(String::as_str);
+        let what = text.or(info.payload().downcast_ref::<&str>().copied()).unwrap_or("panic");
+        let hint = "is the limit of processes or threads (ulimit -u, pids cgroup) too low?";
+        let _ = writeln!(std::io::stderr(), "steward-tcp-proxy: cannot start: {what}; {hint}");
+        std::process::exit(1);
+    }));
+    usual
 }
 
 /// A started proxy.

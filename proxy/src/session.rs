@@ -2,6 +2,7 @@
 
 use std::future::Future;
 use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -10,7 +11,7 @@ use tracing::info;
 
 use crate::metrics::Metrics;
 use crate::relay::{self, Counters, End, Engine, Limits, Wish};
-use crate::socket::{self, Downstream};
+use crate::socket::{self, Downstream, Socket};
 use crate::upstream::{DialError, Upstream};
 
 /// What all sessions share.
@@ -31,13 +32,18 @@ pub struct Shared {
 /// Serves one client to the end. The permit is its place under `--max-connections`.
 pub fn serve(
     shared: Arc<Shared>,
-    client: Downstream,
+    client: OwnedFd,
     address: SocketAddr,
     permit: OwnedSemaphorePermit,
 ) -> impl Future<Output = ()> + Send {
     let mut record = Record::open(Arc::clone(&shared.metrics), address);
     async move {
         let _place = &permit;
+        // Here and not where it was accepted, so that a reactor without room is told of as well.
+        let client = match Socket::new(client) {
+            Ok(socket) => Downstream(socket),
+            Err(_) => return record.close(DialError::Local.as_label()),
+        };
         // Boxed, so that its state takes no room while the connection lives on.
         let (server, upstream) = match Box::pin(dial(&shared, &client)).await {
             Ok(dialled) => dialled,

@@ -10,7 +10,7 @@
 //! - With an urgent mark pending, reads stop short of it (`tcp_recvmsg_locked`), and `splice`
 //!   makes no progress over it at all (`tcp_read_sock`): see [`Socket::has_seen_urgent`].
 //! - TCP_USER_TIMEOUT also counts time spent on a closed window, although the peer answers every
-//!   probe (`tcp_probe_timer`, since 5.11): see [`SendQueue::ClosedWindow`].
+//!   probe (`tcp_probe_timer`, since 5.11): see [`SendQueue::is_stalled`].
 
 use std::future::poll_fn;
 use std::io;
@@ -172,15 +172,11 @@ impl Socket {
         let _ = SockRef::from(&self.fd).set_tcp_user_timeout(timeout);
     }
 
-    /// What the send queue is doing.
+    /// What is still queued for the peer.
     #[must_use]
     pub fn send_queue(&self) -> SendQueue {
-        let Some(info) = tcp_info(self.fd.as_fd()) else { return SendQueue::Empty };
-        match (info.unacked, info.not_sent) {
-            (0, 0) => SendQueue::Empty,
-            (0, _) => SendQueue::ClosedWindow,
-            _ => SendQueue::InFlight,
-        }
+        // What is no TCP socket any more has no queue either.
+        send_queue(self.fd.as_fd()).unwrap_or_default()
     }
 
     fn take_error(&self) -> Option<io::Error> {
@@ -194,15 +190,48 @@ impl AsFd for Socket {
     }
 }
 
-/// What the send queue of a socket is doing.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum SendQueue {
+/// What is still queued for the peer, and what is known of the peer meanwhile.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct SendQueue {
+    /// Segments sent and not acknowledged.
+    unacknowledged: u32,
+    /// Bytes written but never sent; FIN counts as one.
+    unsent: u32,
+    /// Bytes that the peer says it has room for.
+    window: u32,
+    /// Probes and retransmissions since the peer was last heard.
+    unanswered: u8,
+    /// Milliseconds since the peer's last acknowledgement.
+    silence: u32,
+}
+
+impl SendQueue {
     /// Everything was acknowledged.
-    Empty,
-    /// Bytes wait, none are on their way: the peer's window is closed, it reads no more.
-    ClosedWindow,
-    /// Bytes are on their way.
-    InFlight,
+    #[must_use]
+    pub fn is_empty(self) -> bool {
+        self.unacknowledged == 0 && self.unsent == 0
+    }
+
+    /// Something waits to be sent.
+    #[must_use]
+    pub fn holds_unsent(self) -> bool {
+        self.unsent > 0
+    }
+
+    /// The peer reads no more but is alive: something waits, it has closed its window, and it
+    /// answers. (A peer short of memory may close the window over segments that it then drops,
+    /// so some may be on their way as well.)
+    #[must_use]
+    pub fn is_stalled(self) -> bool {
+        let waits = self.unsent > 0 && self.unacknowledged == 0;
+        let closed = !self.is_empty() && self.window == 0;
+        (waits || closed) && !self.is_peer_silent()
+    }
+
+    /// Several questions in a row went without an answer, for as long as a dead peer is given.
+    fn is_peer_silent(self) -> bool {
+        self.unanswered >= 2 && Duration::from_millis(self.silence.into()) >= USER_TIMEOUT
+    }
 }
 
 /// Copies what is queued into `buffer` and leaves it queued.
@@ -271,19 +300,16 @@ fn prepare(socket: &SockRef<'_>) -> io::Result<()> {
     socket.set_tcp_notsent_lowat(UNSENT_BYTES)
 }
 
-struct TcpInfo {
-    /// Segments on their way.
-    unacked: u32,
-    /// Bytes written but never sent.
-    not_sent: u32,
-}
-
-/// The two fields we need of `struct tcp_info` (linux/tcp.h), by their offsets: the struct only
-/// ever grows at its end, and libc's definition stops before `tcpi_notsent_bytes` (4.6).
-fn tcp_info(fd: BorrowedFd<'_>) -> Option<TcpInfo> {
+/// Some fields of `struct tcp_info` (linux/tcp.h), by their offsets: the struct only ever grows at
+/// its end, and libc's definition stops before `tcpi_notsent_bytes` (4.6) and `tcpi_snd_wnd` (5.4).
+fn send_queue(fd: BorrowedFd<'_>) -> Option<SendQueue> {
+    const RETRANSMITS: usize = 2;
+    const PROBES: usize = 3;
     const UNACKED: usize = 24;
+    const LAST_ACK_RECV: usize = 56;
     const NOT_SENT: usize = 144;
-    let mut raw = [0_u8; NOT_SENT + 4];
+    const SND_WND: usize = 228;
+    let mut raw = [0_u8; SND_WND + 4];
     let mut length = libc::socklen_t::try_from(raw.len()).ok()?;
     // SAFETY: `fd` is borrowed for the call; `raw` is ours, `length` says how long it is, and the
     // kernel writes at most that much.
@@ -303,7 +329,13 @@ fn tcp_info(fd: BorrowedFd<'_>) -> Option<TcpInfo> {
         let bytes: [u8; 4] = raw[at..at + 4].try_into().unwrap_or_default();
         u32::from_ne_bytes(bytes)
     };
-    Some(TcpInfo { unacked: field(UNACKED), not_sent: field(NOT_SENT) })
+    Some(SendQueue {
+        unacknowledged: field(UNACKED),
+        unsent: field(NOT_SENT),
+        window: field(SND_WND),
+        unanswered: raw[PROBES].max(raw[RETRANSMITS]),
+        silence: field(LAST_ACK_RECV),
+    })
 }
 
 #[cfg(test)]
@@ -348,21 +380,33 @@ mod tests {
     }
 
     #[test]
+    fn a_closed_window_is_a_stall_only_while_the_peer_answers() {
+        let stalled = SendQueue { unsent: 1, ..SendQueue::default() };
+        assert!(stalled.is_stalled());
+        let dropping = SendQueue { unacknowledged: 1, unanswered: 1, silence: 90_000, ..stalled };
+        assert!(dropping.is_stalled(), "one probe under way proves nothing");
+        let dead = SendQueue { unanswered: 2, silence: 60_000, ..stalled };
+        assert!(!dead.is_stalled());
+        let answering = SendQueue { unanswered: 0, ..dead };
+        assert!(answering.is_stalled());
+        let slow = SendQueue { unacknowledged: 3, window: 5000, ..stalled };
+        assert!(!slow.is_stalled());
+        assert!(!SendQueue::default().is_stalled());
+    }
+
+    #[test]
     fn a_peer_that_reads_no_more_is_told_from_one_that_is_slow() {
         let (client, accepted) = pair();
-        let queue = |socket: &TcpStream| {
-            let info = tcp_info(socket.as_fd()).expect("a TCP socket");
-            (info.unacked, info.not_sent)
-        };
-        assert_eq!(queue(&accepted), (0, 0));
+        let queue = |socket: &TcpStream| send_queue(socket.as_fd()).expect("a TCP socket");
+        assert!(queue(&accepted).is_empty());
         let full = [0; 65536];
         accepted.set_nonblocking(true).expect("is a socket");
         while send(&accepted, &full).is_ok() {}
+        assert!(queue(&accepted).holds_unsent());
         // What was on its way when the window closed is acknowledged within a moment.
-        while queue(&accepted).0 > 0 {
+        while !queue(&accepted).is_stalled() {
             std::thread::yield_now();
         }
-        assert!(queue(&accepted).1 > 0);
         drop(client);
     }
 }

@@ -107,7 +107,8 @@ impl From<&io::Error> for DialError {
     fn from(error: &io::Error) -> Self {
         match error.raw_os_error() {
             Some(libc::ELOOP) => Self::Loop,
-            Some(libc::ECONNREFUSED | libc::ECONNRESET) => Self::Refused,
+            // The latter two when it accepted and ended the connection before we looked.
+            Some(libc::ECONNREFUSED | libc::ECONNRESET | libc::EPIPE) => Self::Refused,
             Some(libc::ETIMEDOUT) => Self::TimedOut,
             Some(
                 libc::EMFILE
@@ -157,19 +158,12 @@ impl Upstream {
     pub async fn connect(&self) -> Result<(socket::Upstream, SocketAddr), DialError> {
         let asked = Instant::now();
         let deadline = asked + self.connect_timeout;
-        let result = match timeout_at(deadline, self.candidates(asked, false)).await {
-            Ok(known) => self.connect_to(known, asked, deadline).await,
-            Err(_) => Err(DialError::Unresolved),
-        };
-        let answered = !matches!(
-            result,
-            Err(DialError::Unresolved
-                | DialError::Unreachable
-                | DialError::TimedOut
-                | DialError::Refused
-                | DialError::Loop)
-        );
-        self.note_contact(answered);
+        let known = self.candidates(asked, deadline, false).await;
+        let result = self.connect_to(known, asked, deadline).await;
+        // A shortage of this host says nothing about the upstream.
+        if !matches!(result, Err(DialError::Local)) {
+            self.note_contact(result.is_ok());
+        }
         result
     }
 
@@ -203,9 +197,7 @@ impl Upstream {
         if error == DialError::Local || !self.has_names() {
             return Err(error);
         }
-        let Ok(mut fresh) = timeout_at(deadline, self.candidates(asked, true)).await else {
-            return Err(error);
-        };
+        let mut fresh = self.candidates(asked, deadline, true).await;
         fresh.retain(|address| !known.contains(address));
         if fresh.is_empty() { Err(error) } else { self.race(&fresh, deadline).await }
     }
@@ -286,20 +278,38 @@ impl Upstream {
         Ok(socket)
     }
 
-    /// All known addresses, penalised ones last. `again` resolves names anew, unless that was
-    /// done since `asked`.
-    async fn candidates(&self, asked: Instant, again: bool) -> Vec<SocketAddr> {
-        let mut all = Vec::with_capacity(self.entries.len());
-        for entry in &self.entries {
-            match &entry.host {
-                Source::Ip(ip) => all.push(SocketAddr::new(*ip, entry.port)),
+    /// All addresses, penalised ones last. `again` resolves names anew, unless that was done since
+    /// `asked`. While an address is known, names that are not get no more than [`STAGGER`]; else
+    /// they have until `deadline`. A question goes on in the background either way.
+    async fn candidates(&self, asked: Instant, deadline: Instant, again: bool) -> Vec<SocketAddr> {
+        let mut found: Vec<Arc<[IpAddr]>> = Vec::with_capacity(self.entries.len());
+        let mut asking = FuturesUnordered::new();
+        for (index, entry) in self.entries.iter().enumerate() {
+            found.push(match &entry.host {
+                Source::Ip(ip) => Arc::new([*ip]),
                 Source::Name(name) => {
-                    let ips =
-                        if again { name.refresh(asked).await } else { name.addresses().await };
-                    all.extend(ips.iter().map(|ip| SocketAddr::new(*ip, entry.port)));
+                    let known = if again { None } else { name.known() };
+                    if known.is_none() {
+                        asking.push(async move { (index, name.refresh(asked).await) });
+                    }
+                    known.unwrap_or_default()
                 }
+            });
+        }
+        let begun = Instant::now();
+        loop {
+            let is_any_known = found.iter().any(|addresses| !addresses.is_empty());
+            let patience = if is_any_known { deadline.min(begun + STAGGER) } else { deadline };
+            match timeout_at(patience, asking.next()).await {
+                Ok(Some((index, addresses))) => found[index] = addresses,
+                Ok(None) | Err(_) => break,
             }
         }
+        let of_entry = |(entry, ips): (&Entry, &Arc<[IpAddr]>)| {
+            let port = entry.port;
+            ips.iter().map(|ip| SocketAddr::new(*ip, port)).collect::<Vec<_>>()
+        };
+        let mut all: Vec<SocketAddr> = self.entries.iter().zip(&found).flat_map(of_entry).collect();
         let now = Instant::now();
         let mut health = self.health();
         health.penalties.retain(|_, until| *until > now);
@@ -416,11 +426,11 @@ mod tests {
         let upstream = upstream(&[dead, open]);
         let (_, used) = upstream.connect().await.expect("the second answers");
         assert_eq!(used, open);
-        let order = upstream.candidates(Instant::now(), false).await;
+        let order = upstream.candidates(Instant::now(), Instant::now() + STAGGER, false).await;
         assert_eq!(order, [open, dead]);
         let _revived = TcpListener::bind(dead).expect("binds");
         upstream.note_attempt(dead, None, None);
-        let order = upstream.candidates(Instant::now(), false).await;
+        let order = upstream.candidates(Instant::now(), Instant::now() + STAGGER, false).await;
         assert_eq!(order, [dead, open]);
     }
 
@@ -431,6 +441,30 @@ mod tests {
         upstream.penalise(open);
         upstream.connect().await.expect("it answers");
         assert!(upstream.answers().await);
+    }
+
+    #[tokio::test]
+    async fn a_name_without_an_answer_holds_nobody_up() {
+        let (_open, open) = listener();
+        let mut upstream = upstream(&[open]);
+        let name = Name::new("never.invalid".to_owned(), Arc::clone(&upstream.metrics));
+        // As if a question were under way that no server answers.
+        let _asking = name.block_questions().await;
+        upstream.entries.insert(0, Entry { host: Source::Name(name), port: open.port() });
+        let (_, used) = upstream.connect().await.expect("the address answers");
+        assert_eq!(used, open);
+    }
+
+    #[tokio::test]
+    async fn a_shortage_of_this_host_says_nothing_about_the_upstream() {
+        let (_open, open) = listener();
+        let upstream = upstream(&[open]);
+        upstream.connect().await.expect("it answers");
+        let contact = upstream.recent_contact();
+        let error = io::Error::from_raw_os_error(libc::EADDRNOTAVAIL);
+        upstream.note_attempt(open, None, Some(&error));
+        assert_eq!(upstream.recent_contact(), contact);
+        assert!(upstream.health().penalties.is_empty());
     }
 
     #[tokio::test]

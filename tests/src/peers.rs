@@ -273,6 +273,24 @@ impl Peer {
         }
     }
 
+    /// Receives the next `len` bytes of `stream`.
+    ///
+    /// # Panics
+    /// Something else came, or nothing.
+    #[track_caller]
+    pub fn receive_next(&self, stream: &mut Stream, len: u64) {
+        let end = stream.position() + len;
+        let mut buffer = [0; CHUNK];
+        while stream.position() < end {
+            let left = usize::try_from(end - stream.position()).unwrap_or(CHUNK).min(CHUNK);
+            match (&self.stream).read(&mut buffer[..left]) {
+                Ok(0) => panic!("the {} got EOF after {} bytes", self.name, stream.position()),
+                Ok(got) => self.compare(stream, &buffer[..got]),
+                Err(error) => panic!("the {} after {}: {error}", self.name, stream.position()),
+            }
+        }
+    }
+
     #[track_caller]
     fn compare(&self, stream: &mut Stream, got: &[u8]) {
         if let Err(error) = stream.check(got) {

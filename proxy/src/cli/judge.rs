@@ -4,6 +4,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use kube::config::{Kubeconfig, KubeconfigError};
+
 use super::Flags;
 use crate::config::{
     Config, DEFAULT_UPSTREAM_PORT, EndpointConfig, EndpointMode, Host, HostPort, ListenAddr,
@@ -92,7 +94,7 @@ fn endpoint_config(flags: &Flags, mistakes: &mut Mistakes) -> Option<EndpointCon
     let interval = mistakes.take("reconcile-interval", parse_positive(&flags.reconcile_interval));
     let kubeconfig = mistakes.take(
         "kubeconfig",
-        set(&flags.kubeconfig).map(|file| readable(Path::new(file))).transpose(),
+        set(&flags.kubeconfig).map(|file| parse_kubeconfig(Path::new(file))).transpose(),
     );
     let pod_ip = mistakes.take("pod-ip", set(&flags.pod_ip).map(|text| parse_ip(text)).transpose());
     Some(EndpointConfig {
@@ -267,10 +269,13 @@ fn parse_service_name(text: &str) -> Result<String, String> {
     if ok { Ok(text.to_owned()) } else { Err(format!("{text:?} cannot be the name of a Service")) }
 }
 
-fn readable(file: &Path) -> Result<PathBuf, String> {
-    match std::fs::File::open(file) {
+/// A file that holds a kubeconfig. What it holds is never shown: tokens are among it.
+fn parse_kubeconfig(file: &Path) -> Result<PathBuf, String> {
+    let shown = file.display();
+    match Kubeconfig::read_from(file) {
         Ok(_) => Ok(file.to_owned()),
-        Err(error) => Err(format!("cannot read {}: {error}", file.display())),
+        Err(KubeconfigError::ReadConfig(error, _)) => Err(format!("cannot read {shown}: {error}")),
+        Err(_) => Err(format!("{shown} is no kubeconfig: it cannot be parsed")),
     }
 }
 
@@ -365,6 +370,18 @@ mod tests {
         ] {
             assert!(parse_upstreams(wrong).is_err(), "{wrong:?} was accepted");
         }
+    }
+
+    #[test]
+    fn a_kubeconfig_must_be_one_and_is_never_shown() {
+        let folder = std::env::temp_dir();
+        let file = folder.join(format!("kubeconfig-{}", std::process::id()));
+        std::fs::write(&file, "users:\n- user: {token: SECRET\n  name: [").expect("writes");
+        let broken = parse_kubeconfig(&file).expect_err("is broken");
+        std::fs::remove_file(&file).expect("was there");
+        assert!(broken.contains("cannot be parsed") && !broken.contains("SECRET"), "{broken}");
+        assert!(parse_kubeconfig(&file).expect_err("is gone").contains("cannot read"));
+        assert!(parse_kubeconfig(&folder).is_err(), "a folder was accepted");
     }
 
     #[test]

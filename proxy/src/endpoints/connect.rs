@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::config::{KubeConfigOptions, Kubeconfig, KubeconfigError};
 use kube::{Client, Config};
 use tracing::{debug, info, warn};
 
@@ -23,12 +23,20 @@ const SILENCE: Duration = Duration::from_secs(75);
 /// What is lacking.
 #[derive(Debug, thiserror::Error)]
 enum NoClient {
-    #[error("{0}")]
-    Kubeconfig(#[from] kube::config::KubeconfigError),
+    #[error("{}", without_contents(.0))]
+    Kubeconfig(#[from] KubeconfigError),
     #[error("{0}")]
     InCluster(#[from] kube::config::InClusterError),
     #[error("{0}")]
     Client(#[from] kube::Error),
+}
+
+/// What is wrong with a kubeconfig. A parser's words quote the file, tokens included.
+fn without_contents(error: &KubeconfigError) -> String {
+    match error {
+        KubeconfigError::Parse(_) => "the kubeconfig cannot be parsed".to_owned(),
+        other => other.to_string(),
+    }
 }
 
 async fn try_client(config: &EndpointConfig) -> Result<Client, NoClient> {

@@ -87,7 +87,10 @@ fn peek(source: &Socket, scratch: &mut [u8], queued: bool) -> io::Result<Option<
 }
 
 /// Writes what the destination takes, which may be nothing.
-fn send(destination: &Socket, bytes: &[u8]) -> io::Result<usize> {
+///
+/// # Errors
+/// Those of send(2).
+pub fn send(destination: &Socket, bytes: &[u8]) -> io::Result<usize> {
     let mut sent = 0;
     let result = destination.try_write(|fd| {
         sent = socket::send(fd, bytes)?;

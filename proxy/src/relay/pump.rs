@@ -15,7 +15,7 @@ use super::copy::{self, CHUNK, Fault, Step};
 use super::splice::PipePool;
 use super::{End, Engine, Reason, Side};
 use crate::drain::Watcher;
-use crate::socket::{Downstream, SendQueue, Socket, Upstream};
+use crate::socket::{Downstream, Socket, Upstream};
 
 /// Bytes that one direction may move before others on its thread get a turn.
 const TURN: usize = 1024 * 1024;
@@ -71,17 +71,13 @@ pub fn run<'a>(
     async move {
         let reason = tokio::select! {
             biased;
-            result = relay.both() => match result {
+            result = relay.to_the_end() => match result {
                 Ok(()) => Reason::Closed(*relay.first_to_end.get_or_init(|| Side::Client)),
                 Err(reason) => reason,
             },
             () = limits.drain.cut() => Reason::Cut,
             () = relay.watch(limits.idle_timeout) => Reason::Idle,
         };
-        if reason.is_orderly() {
-            relay.client.let_close_orderly();
-            relay.server.let_close_orderly();
-        }
         let bytes_up = relay.up.load(Ordering::Relaxed);
         End { reason, bytes_up, bytes_down: relay.down.load(Ordering::Relaxed) }
     }
@@ -102,6 +98,33 @@ struct Relay<'a> {
 
 #[expect(clippy::manual_async_fn, reason = "an async fn would keep its arguments twice")]
 impl Relay<'_> {
+    /// Ends when both streams have ended and all their bytes are at least on their way, or when
+    /// one side has failed. From the end on, closing the sockets sends FIN.
+    fn to_the_end(&self) -> impl Future<Output = Result<(), Reason>> {
+        async move {
+            self.both().await?;
+            for side in [Side::Client, Side::Server] {
+                if self.socket(side).send_queue().holds_unsent() {
+                    Box::pin(self.unless_fails(side, self.sent_to(side))).await?;
+                }
+                self.socket(side).let_close_orderly();
+            }
+            Ok(())
+        }
+    }
+
+    /// Ends when the send queue holds nothing unsent. A socket that is closed earlier is an orphan,
+    /// which the kernel gives up on although its peer is alive: after TCP_USER_TIMEOUT, or after
+    /// tcp_orphan_retries probes of a closed window. No event tells of it, so this looks.
+    async fn sent_to(&self, side: Side) -> Result<(), Reason> {
+        let mut pause = Duration::from_millis(1);
+        while self.socket(side).send_queue().holds_unsent() {
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(Duration::from_secs(1));
+        }
+        Ok(())
+    }
+
     /// Ends when both directions have ended, or one has failed. A pump whose stream has ended
     /// still answers for its source until the other one is done as well.
     fn both(&self) -> impl Future<Output = Result<(), Reason>> {
@@ -186,10 +209,27 @@ impl Relay<'_> {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     self.room_at(from.other()).await?;
                 }
-                Err(error) => return Err(fault(from.other(), &error)),
+                Err(error) => match pipe.take(&error) {
+                    Some(bytes) => self.write_all(from, &bytes).await?,
+                    None => return Err(fault(from.other(), &error)),
+                },
             }
         }
         Ok(Piped::Moved(filled))
+    }
+
+    /// Writes what was taken out of a pipe.
+    async fn write_all(&self, from: Side, mut bytes: &[u8]) -> Result<(), Reason> {
+        while !bytes.is_empty() {
+            let sent = copy::send(self.socket(from.other()), bytes);
+            let sent = sent.map_err(|error| fault(from.other(), &error))?;
+            self.count(from, sent);
+            bytes = &bytes[sent..];
+            if !bytes.is_empty() {
+                self.room_at(from.other()).await?;
+            }
+        }
+        Ok(())
     }
 
     /// The stream of `from` has ended: so does the other socket's, after all that was written.
@@ -263,11 +303,10 @@ impl Relay<'_> {
             }
             for (socket, lifted) in [self.client, self.server].into_iter().zip(&mut lifted) {
                 let queue = socket.send_queue();
-                busy |= queue != SendQueue::Empty;
-                let stalled = queue == SendQueue::ClosedWindow;
-                if stalled != *lifted {
-                    socket.lift_user_timeout(stalled);
-                    *lifted = stalled;
+                busy |= !queue.is_empty();
+                if queue.is_stalled() != *lifted {
+                    *lifted = queue.is_stalled();
+                    socket.lift_user_timeout(*lifted);
                 }
             }
             if !busy && idle_timeout.is_none() {

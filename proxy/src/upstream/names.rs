@@ -18,6 +18,10 @@ const HOLDS: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs
 /// How long a failure holds before a client makes us ask again.
 const FAILURE_HOLDS: Duration = Duration::from_secs(1);
 
+/// How long one question to one server may take, and how many there are. A resolver that answers
+/// for one family and never for the other then still helps within --connect-timeout's default.
+const QUESTIONS: (Duration, usize) = (Duration::from_secs(1), 2);
+
 /// A name and what it resolved to.
 #[derive(Debug)]
 pub(super) struct Name {
@@ -29,7 +33,7 @@ struct Inner {
     name: String,
     answer: Mutex<Answer>,
     /// Held while a question is under way, so that there is one at a time.
-    asking: tokio::sync::Mutex<()>,
+    asking: Arc<tokio::sync::Mutex<()>>,
     metrics: Arc<Metrics>,
 }
 
@@ -46,25 +50,33 @@ impl Name {
         Self { inner: Arc::new(inner) }
     }
 
-    /// The addresses as last known. Waits only while none is known; one that has outlived its TTL
-    /// is used while a new answer is fetched in the background.
-    pub(super) async fn addresses(&self) -> Arc<[IpAddr]> {
+    /// The addresses as last known; `None` while none is. Those that have outlived their TTL are
+    /// used while a new answer is fetched in the background.
+    pub(super) fn known(&self) -> Option<Arc<[IpAddr]>> {
         let answer = self.inner.answer();
         let now = Instant::now();
-        if answer.holds_until.is_some_and(|until| now < until) {
-            return answer.addresses;
-        }
         if answer.addresses.is_empty() {
-            return self.refresh(now).await;
+            return None;
         }
-        let inner = Arc::clone(&self.inner);
-        tokio::spawn(async move { inner.refresh(now).await });
-        answer.addresses
+        if answer.holds_until.is_none_or(|until| now >= until) {
+            let inner = Arc::clone(&self.inner);
+            tokio::spawn(async move { inner.refresh(now).await });
+        }
+        Some(answer.addresses)
     }
 
-    /// Asks anew, unless somebody has done so since `since`.
+    /// No question gets an answer while the guard lives.
+    #[cfg(test)]
+    pub(super) async fn block_questions(&self) -> impl Drop + use<> {
+        Arc::clone(&self.inner.asking).lock_owned().await
+    }
+
+    /// Asks anew, unless somebody has done so since `since`. The question outlives whoever
+    /// waits here: an answer that comes too late for one client serves the next.
     pub(super) async fn refresh(&self, since: Instant) -> Arc<[IpAddr]> {
-        self.inner.refresh(since).await
+        let inner = Arc::clone(&self.inner);
+        let question = tokio::spawn(async move { inner.refresh(since).await });
+        question.await.unwrap_or_default()
     }
 }
 
@@ -107,7 +119,11 @@ impl Inner {
 /// time, because nodes change them while we run and questions are rare.
 async fn resolve(name: &str) -> Result<(Arc<[IpAddr]>, Instant), String> {
     let resolver = Resolver::builder_tokio()
-        .and_then(|builder| builder.build())
+        .and_then(|mut builder| {
+            let options = builder.options_mut();
+            (options.timeout, options.attempts) = QUESTIONS;
+            builder.build()
+        })
         .map_err(|error| format!("resolver configuration: {error}"))?;
     let found = resolver.lookup_ip(name).await.map_err(|error| error.to_string())?;
     let mut addresses: Vec<IpAddr> = Vec::new();

@@ -3,6 +3,7 @@
 
 use proxy_tests::peers::{Ending, Peer, backlog_bound, both};
 use proxy_tests::servers::Blackhole;
+use proxy_tests::stream::Stream;
 
 use crate::setting::{Relayed, Setting, Side, connect};
 
@@ -49,6 +50,36 @@ pub fn an_end_waits_for_all_bytes_before_a_slow_reader(at: Setting) {
         reader.finish();
         writer.expect_eof();
         assert_eq!(proxy.ended().reason, side.closed());
+    }
+}
+
+/// A closed socket is the kernel's alone, which forgets one whose peer does not read for a minute.
+pub fn a_connection_lives_until_its_last_byte_has_left(at: Setting) {
+    for side in Side::BOTH {
+        let (proxy, writer, reader) = at.relayed().seen_from(side);
+        reader.shrink_buffers();
+        let sent = writer.fill(1, backlog_bound());
+        writer.finish();
+        reader.finish();
+        writer.expect_eof();
+        let direction = if side == Side::Client { "up" } else { "down" };
+        let handed_on = || proxy.metric("bytes_total", &[("direction", direction)]) as u64;
+        // Read until the kernel has taken all from the proxy, but more waits than the reader's
+        // own buffer can take.
+        let mut stream = Stream::new(1);
+        while handed_on() < sent {
+            reader.receive_next(&mut stream, 5_000);
+        }
+        for _ in 0..50 {
+            let relaying = proxy.metric("connections_relaying", &[("engine", at.engine)]);
+            assert_eq!(relaying, 1.0, "the connection ended with bytes still to be sent");
+        }
+        let read = stream.position();
+        reader.receive_next(&mut stream, sent - read);
+        reader.expect_eof();
+        // The reader's own direction was free, so it ended first.
+        let first = if side == Side::Client { Side::Server } else { Side::Client };
+        assert_eq!(proxy.ended().reason, first.closed());
     }
 }
 
