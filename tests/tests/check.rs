@@ -192,7 +192,7 @@ fn the_table_has_a_row_per_gate_and_a_verdict() {
     for gate in ["kernel", "CAP_BPF", "seccomp", "BTF", "bpffs", "memlock", "attach", "handshake"] {
         assert!(text.lines().any(|line| line.starts_with(gate)), "{gate} in {text}");
     }
-    assert!(text.ends_with("everything that engine packet needs is there\n"), "{text}");
+    assert!(text.ends_with("everything that the kernel engines need is there\n"), "{text}");
 }
 
 #[test]

@@ -152,7 +152,7 @@ fn debian_llvm() -> Result<String> {
 
 /// Into cargo's own folder, where it survives a `cargo clean` and serves every clone.
 fn install_linker_from_source(llvm: &str) -> Result<()> {
-    say("building bpf-linker, about a minute");
+    say("building bpf-linker, one to three minutes");
     let prefix = PathBuf::from(format!("/usr/lib/llvm-{llvm}"));
     let path = std::env::var_os("PATH").unwrap_or_default();
     let folders = std::iter::once(prefix.join("bin")).chain(std::env::split_paths(&path));
@@ -174,7 +174,7 @@ fn nightly_way() -> Result<()> {
          this as root on Debian 12"
     );
     if !Way::Nightly.has_core() {
-        say("installing rustup's nightly with the source of core; your default stays as it is");
+        say("installing or updating rustup's nightly with the source of core; your default stays");
         let args = ["toolchain", "install", "nightly", "--profile=minimal", "--component=rust-src"];
         sh(&mut command("rustup", &args))?;
     }

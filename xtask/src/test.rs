@@ -1,7 +1,8 @@
 //! `cargo xtask test`: set-up, format, lints, documentation, and all tests by tier.
 //!
-//! A step that fails does not stop those after it: one run shows everything that is wrong. A tier
-//! whose needs are not met fails with a clear word; nothing is skipped in silence.
+//! Once set-up is done, a step that fails does not stop those after it: one run shows everything
+//! that is wrong. A tier whose needs are not met fails with a clear word; nothing is skipped in
+//! silence.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -72,6 +73,10 @@ pub fn run(flags: &Flags) -> Result<()> {
     let mut report = Report::default();
     let scope = if wants(Tier::Kube) { Scope::Tests } else { Scope::Demo };
     report.step("setup", || setup::ensure_all(scope));
+    if report.has_failed() {
+        // Whatever comes next would fail for the same reason, and hide it.
+        return report.end(begun.elapsed());
+    }
     if wants(Tier::Unit) {
         unit(&mut report);
     }
@@ -164,6 +169,10 @@ impl Report {
             Err(failure) => say(&format!("--- {name}: FAILED: {failure:#}")),
         }
         self.steps.push((name.to_owned(), took, outcome));
+    }
+
+    fn has_failed(&self) -> bool {
+        self.steps.iter().any(|(_, _, outcome)| outcome.is_err())
     }
 
     fn end(self, took: Duration) -> Result<()> {

@@ -76,7 +76,7 @@ pub(super) fn table(report: &Report) -> String {
     }
     let failed = report.rows.iter().filter(|row| row.status == Status::Failed).count();
     let verdict = match failed {
-        0 => "everything that engine packet needs is there".to_owned(),
+        0 => "everything that the kernel engines need is there".to_owned(),
         1 => "1 gate is closed; engines splice and copy need none".to_owned(),
         n => format!("{n} gates are closed; engines splice and copy need none"),
     };
