@@ -27,6 +27,7 @@ import (
 	_ "k8s.io/component-base/metrics/prometheus/version"  // the version metric, likewise
 	apiserver "k8s.io/kubernetes/cmd/kube-apiserver/app"
 	controllermanager "k8s.io/kubernetes/cmd/kube-controller-manager/app"
+	kubectl "k8s.io/kubectl/pkg/cmd"
 	kubeproxy "k8s.io/kubernetes/cmd/kube-proxy/app"
 )
 
@@ -37,6 +38,7 @@ var components = map[string]func() *cobra.Command{
 	"kube-apiserver":          apiserver.NewAPIServerCommand,
 	"kube-controller-manager": controllermanager.NewControllerManagerCommand,
 	"kube-proxy":              kubeproxy.NewProxyCommand,
+	"kubectl":                 kubectl.NewDefaultKubectlCommand,
 }
 
 func main() {

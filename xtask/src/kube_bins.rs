@@ -7,7 +7,7 @@ use std::hash::{Hash as _, Hasher as _};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result};
 
 use crate::shell::{root, run, say, target, which};
 
@@ -19,7 +19,8 @@ const LDFLAGS: &str = "-s -w -X k8s.io/component-base/version.gitVersion=v1.36.3
     -X k8s.io/component-base/version.gitMajor=1 -X k8s.io/component-base/version.gitMinor=36";
 
 /// What the tests start. Released sets of test programs often lack the controller manager.
-const PROGRAMS: [&str; 4] = ["kube-apiserver", "kube-controller-manager", "kube-proxy", "etcd"];
+const PROGRAMS: [&str; 5] =
+    ["kube-apiserver", "kube-controller-manager", "kube-proxy", "etcd", "kubectl"];
 
 /// The folder with the programs, which is built if it does not fit its sources. The tests take
 /// what `KUBEBUILDER_ASSETS` has from there, and the rest from this folder.
@@ -28,10 +29,6 @@ const PROGRAMS: [&str; 4] = ["kube-apiserver", "kube-controller-manager", "kube-
 /// One line that says what to install or to set.
 pub fn ensure() -> Result<PathBuf> {
     let assets = env::var_os("KUBEBUILDER_ASSETS").map(PathBuf::from);
-    ensure!(
-        has(assets.as_deref(), "kubectl") || which("kubectl").is_some(),
-        "kubectl (install it, or set KUBEBUILDER_ASSETS to a folder that has it)"
-    );
     if let Some(folder) = assets {
         let lacking = PROGRAMS.into_iter().find(|program| !has(Some(&folder), program));
         let Some(program) = lacking else {
@@ -51,7 +48,7 @@ pub fn ensure() -> Result<PathBuf> {
     let go = which("go").context(
         "Kubernetes's programs (install Go 1.26 or later to have them built, or set \
          KUBEBUILDER_ASSETS to a folder with kube-apiserver, kube-controller-manager, \
-         kube-proxy and etcd)",
+         kube-proxy, etcd and kubectl)",
     )?;
     say("building Kubernetes's programs with Go: some minutes, once");
     fs::create_dir_all(&folder)?;

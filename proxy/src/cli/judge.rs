@@ -167,6 +167,7 @@ fn parse_host_port(text: &str) -> Result<HostPort, String> {
         return Err(format!("{text:?} has a scheme: give host or host:port"));
     }
     if let Ok(ip) = text.parse::<IpAddr>() {
+        refuse_ambiguous(text, ip)?;
         return Ok(HostPort { host: Host::Ip(ip), port: DEFAULT_UPSTREAM_PORT });
     }
     let (host, port) = match text.strip_prefix('[') {
@@ -193,6 +194,16 @@ fn parse_host_port(text: &str) -> Result<HostPort, String> {
             .and_then(parse_port)?,
     };
     Ok(HostPort { host, port })
+}
+
+/// `2001:db8::1:6443` is an address, and hardly ever the one that was meant.
+fn refuse_ambiguous(text: &str, ip: IpAddr) -> Result<(), String> {
+    let last = text.rsplit(':').next().unwrap_or_default();
+    if ip.is_ipv6() && last.len() >= 3 && last.bytes().all(|b| b.is_ascii_digit()) {
+        let address = &text[..text.len() - last.len() - 1];
+        return Err(format!("{text:?} may mean [{address}]:{last} or [{text}]: use brackets"));
+    }
+    Ok(())
 }
 
 fn parse_host(name: &str) -> Result<Host, String> {

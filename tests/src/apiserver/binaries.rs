@@ -12,8 +12,7 @@ use anyhow::{Result, bail};
 /// Looked for in this order:
 /// 1. a program of that name in the folder `KUBEBUILDER_ASSETS`;
 /// 2. in the folder `STEWARD_KUBE_BINS` (unset: `target/kube-bins` of the
-///    workspace) a program of that name, or `kube-bins`, which is all of them in one;
-/// 3. for `kubectl` only: `PATH`.
+///    workspace) a program of that name, or `kube-bins`, which is all but etcd in one.
 ///
 /// # Errors
 /// When it is in none of these places; the message lists them.
@@ -23,16 +22,13 @@ pub fn component(name: &str) -> Result<Command> {
         || Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/kube-bins"),
         PathBuf::from,
     );
-    let mut folders: Vec<PathBuf> = assets.into_iter().chain([built.clone()]).collect();
-    if name == "kubectl" {
-        folders.extend(env::var_os("PATH").iter().flat_map(env::split_paths));
-    }
+    let folders: Vec<PathBuf> = assets.into_iter().chain([built.clone()]).collect();
 
     if let Some(program) = folders.iter().map(|dir| dir.join(name)).find(|file| file.is_file()) {
         return Ok(Command::new(program));
     }
     let all_in_one = built.join("kube-bins");
-    if name.starts_with("kube-") && all_in_one.is_file() {
+    if name.starts_with("kube") && all_in_one.is_file() {
         let mut command = Command::new(all_in_one);
         command.arg(name);
         return Ok(command);
