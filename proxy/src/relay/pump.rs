@@ -26,6 +26,9 @@ const WORTH_A_PIPE: usize = 16 * 1024;
 /// How often a connection that moved bytes is looked at until its send queues are empty.
 const LOOK_INTERVAL: Duration = Duration::from_secs(20);
 
+/// How long the last bytes before a RST may take to the other side.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
 /// What every relay of the process shares.
 #[derive(Debug, Clone)]
 pub struct Limits {
@@ -78,6 +81,9 @@ pub fn run<'a>(
             () = limits.drain.cut() => Reason::Cut,
             () = relay.watch(limits.idle_timeout) => Reason::Idle,
         };
+        if let Reason::Reset(side) = reason {
+            Box::pin(relay.last_words(side)).await;
+        }
         let bytes_up = relay.up.load(Ordering::Relaxed);
         End { reason, bytes_up, bytes_down: relay.down.load(Ordering::Relaxed) }
     }
@@ -123,6 +129,28 @@ impl Relay<'_> {
             pause = (pause * 2).min(Duration::from_secs(1));
         }
         Ok(())
+    }
+
+    /// `from` has sent RST. What it sent before is passed on as far as the other side takes it: a
+    /// server that answers early and closes with the request's rest unread sends its answer and
+    /// then RST, and on a direct connection the client reads both. Takes no longer than
+    /// [`LAST_WORDS`], and no time where nothing is left or the other side does not read.
+    async fn last_words(&self, from: Side) {
+        let (source, destination) = (self.socket(from), self.socket(from.other()));
+        while let Ok(Step::Moved(count)) = copy::step(source, destination, true) {
+            self.count(from, count);
+        }
+        let deadline = Instant::now() + LAST_WORDS;
+        let mut pause = Duration::from_millis(1);
+        while Instant::now() < deadline {
+            // Closing throws away what is queued, so that has to leave before.
+            let queue = destination.send_queue();
+            if queue.is_empty() || queue.is_stalled() {
+                return;
+            }
+            tokio::time::sleep(pause).await;
+            pause *= 2;
+        }
     }
 
     /// Ends when both directions have ended, or one has failed. A pump whose stream has ended

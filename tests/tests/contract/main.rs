@@ -73,6 +73,7 @@ contract! {
         resets::while_the_other_side_is_stalled,
         resets::from_the_stalled_side,
         resets::by_a_peer_that_closed_while_bytes_were_on_their_way,
+        resets::an_answer_right_before_it_arrives,
         resets::by_a_peer_that_closed_with_bytes_unread,
         killed::while_idle,
         killed::in_the_middle_of_transfers,

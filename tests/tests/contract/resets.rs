@@ -4,7 +4,7 @@ use std::io::ErrorKind::{BrokenPipe, ConnectionReset};
 
 use proxy_tests::peers::{Ending, backlog_bound, both};
 
-use crate::setting::{Setting, Side};
+use crate::setting::{Setting, Side, connect};
 
 pub fn before_any_byte(at: Setting) {
     for side in Side::BOTH {
@@ -120,6 +120,26 @@ pub fn by_a_peer_that_closed_while_bytes_were_on_their_way(at: Setting) {
 }
 
 /// `close` with bytes unread makes the kernel send RST instead of FIN.
+/// As when a server refuses a large request early: its answer, then RST for what it did not read.
+pub fn an_answer_right_before_it_arrives(at: Setting) {
+    const ANSWER: u64 = 5_000;
+    let (proxy, upstream) = at.start();
+    for _ in 0..30 {
+        let (client, server) = connect(&proxy, &upstream);
+        let request = || {
+            let _ = client.send_until_error(1);
+        };
+        let answer = || {
+            server.receive_stream(1, 1_000);
+            server.send_stream(2, ANSWER);
+            drop(server);
+        };
+        both(request, answer);
+        // How it ends, the writer above was told; an error is told once.
+        assert_eq!(client.receive_until_end(2).0, ANSWER);
+    }
+}
+
 pub fn by_a_peer_that_closed_with_bytes_unread(at: Setting) {
     for side in Side::BOTH {
         let (proxy, closing, other) = at.relayed().seen_from(side);
