@@ -16,7 +16,7 @@ const BUFFERED_LINES: usize = 8192;
 pub fn init(format: LogFormat, verbosity: u8) -> WorkerGuard {
     let level = match verbosity {
         // The reconciler tells in its own words what kube's crates would say once per attempt.
-        0..=3 => "info,kube_client=off,kube_runtime=off",
+        0..=3 => "info,kube_client=off,kube_runtime=off,hickory_resolver=error",
         4..=5 => "info,proxy=debug,access=debug,kube_client=debug,kube_runtime=debug",
         _ => "debug,proxy=trace,kube_client=trace,kube_runtime=trace",
     };

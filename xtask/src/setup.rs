@@ -194,7 +194,7 @@ fn install_released_linker() -> Result<()> {
     let url = format!("https://github.com/aya-rs/bpf-linker/releases/latest/download/{name}");
     say(&format!("downloading bpf-linker's release into {}", folder.display()));
     let archive = folder.join(&name);
-    let downloaded = sh(command("curl", &["-fsSL", "--retry=2", "-o"]).arg(&archive).arg(&url))
+    let downloaded = sh(command("curl", &["-fsSL", "--retry", "2", "-o"]).arg(&archive).arg(&url))
         .and_then(|()| {
             let unpack = ["--use-compress-program=zstd", "-x", "-f"];
             sh(command("tar", &unpack).arg(&archive).arg("-C").arg(&folder))
