@@ -6,12 +6,14 @@
 use std::io::Write as _;
 use std::net::SocketAddr;
 use std::panic::PanicHookInfo;
+use std::pin::pin;
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::Context;
 use tokio::runtime::{Builder, Runtime};
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::task::JoinHandle;
 use tracing::{error, info, warn};
 
 use crate::config::{Config, EndpointMode};
@@ -75,6 +77,7 @@ pub struct App {
     pub admin: Option<SocketAddr>,
     drain: Drain,
     metrics: Arc<Metrics>,
+    accepting: JoinHandle<()>,
     signals: Signals,
     data: Runtime,
     side: Runtime,
@@ -117,11 +120,7 @@ impl App {
             metrics: Arc::clone(&metrics),
         };
         metrics.describe_process(config.engine, config.engine.decide())?;
-        data.spawn(drain.watcher().track(accept::run(
-            listener,
-            Arc::new(shared),
-            config.max_connections,
-        )));
+        let accepting = data.spawn(accept::run(listener, Arc::new(shared), config.max_connections));
         readiness.listening();
         if let Some(listener) = admin_listener {
             side.spawn(admin::serve(listener, Arc::clone(&metrics), readiness.clone()));
@@ -130,7 +129,7 @@ impl App {
             let endpoints = config.endpoints.clone();
             side.spawn(endpoints::run(endpoints, readiness, Arc::clone(&metrics), drain.watcher()));
         }
-        let app = Self { listening, admin, drain, metrics, signals, data, side };
+        let app = Self { listening, admin, drain, metrics, accepting, signals, data, side };
         app.announce(config);
         Ok(app)
     }
@@ -153,14 +152,20 @@ impl App {
     /// Waits for the signal to end, then drains.
     fn run_to_end(mut self, config: &Config) -> anyhow::Result<ExitCode> {
         let (drain, signals) = (&self.drain, &mut self.signals);
+        let accepting = &mut self.accepting;
         let clean = self.data.block_on(async {
             let name = signals.next().await;
             drain.begin();
             self.metrics.draining.set(1);
             info!(signal = name, deadline = ?config.drain_timeout, "draining");
+            let mut drained = pin!(async {
+                // Whom the kernel has let in becomes a session before the last one can end.
+                let _ = accepting.await;
+                drain.drained().await;
+            });
             tokio::select! {
                 biased;
-                () = drain.drained() => return true,
+                () = &mut drained => return true,
                 () = tokio::time::sleep(config.drain_timeout) => {
                     warn!(connections = drain.live(), "drain deadline: resetting what is left");
                 }
@@ -168,9 +173,10 @@ impl App {
                     warn!(signal = name, connections = drain.live(), "second signal: resetting");
                 }
             }
+            let clean = drain.live() == 0;
             drain.cut();
-            drain.drained().await;
-            false
+            drained.await;
+            clean
         });
         info!(clean, "ended");
         self.side.shutdown_background();

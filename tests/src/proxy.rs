@@ -4,7 +4,7 @@ use std::fmt::Display;
 use std::io::{BufRead, BufReader, Read};
 use std::net::SocketAddr;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
@@ -45,6 +45,7 @@ pub fn binary() -> PathBuf {
 pub struct Launch {
     flags: Vec<String>,
     open_files: Option<u64>,
+    hosts: Option<PathBuf>,
 }
 
 impl Launch {
@@ -59,7 +60,7 @@ impl Launch {
             "--endpoint-mode=off",
         ];
         let flags = flags.map(str::to_owned).to_vec();
-        Self { flags, open_files: None }.flag("upstream-addr", upstream)
+        Self { flags, open_files: None, hosts: None }.flag("upstream-addr", upstream)
     }
 
     /// Adds `--name=value`; the last of several wins.
@@ -73,6 +74,14 @@ impl Launch {
     #[must_use]
     pub fn open_files(mut self, limit: u64) -> Self {
         self.open_files = Some(limit);
+        self
+    }
+
+    /// Shows the proxy, and nobody else, `file` as /etc/hosts. Needs root (a mount namespace).
+    /// Change the file in place: another one under its name would not be seen.
+    #[must_use]
+    pub fn hosts(mut self, file: &Path) -> Self {
+        self.hosts = Some(file.to_owned());
         self
     }
 
@@ -93,7 +102,20 @@ impl Launch {
     }
 
     fn spawn(&self) -> Child {
-        let mut command = command(&self.flags);
+        let mut command = match &self.hosts {
+            None => command(Command::new(binary()), &self.flags),
+            Some(hosts) => {
+                assert!(
+                    rustix::process::geteuid().is_root(),
+                    "a mount namespace: run this as root"
+                );
+                let mut unshare = Command::new("unshare");
+                let script = "mount --bind \"$0\" /etc/hosts && exec \"$@\"";
+                unshare.args(["--mount", "--propagation", "private", "sh", "-c", script]);
+                unshare.arg(hosts).arg(binary());
+                command(unshare, &self.flags)
+            }
+        };
         let open_files = self.open_files;
         // SAFETY: between fork and exec only async-signal-safe calls are made (prctl, setrlimit),
         // and nothing is allocated.
@@ -110,9 +132,8 @@ impl Launch {
     }
 }
 
-/// The program with `flags`, all its streams in pipes, killed when the starting thread ends.
-fn command(flags: &[String]) -> Command {
-    let mut command = Command::new(binary());
+/// `command` with `flags`, all its streams in pipes, killed when the starting thread ends.
+fn command(mut command: Command, flags: &[String]) -> Command {
     command.args(flags).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     for name in
         ["UPSTREAM_ADDR", "POD_IP", "KUBECONFIG", "TLS_CERT_FILE", "TLS_KEY_FILE", "RUST_LOG"]
@@ -148,7 +169,7 @@ pub struct Outcome {
 #[must_use]
 pub fn run(arguments: &[&str]) -> Outcome {
     let arguments: Vec<String> = arguments.iter().map(|&a| a.to_owned()).collect();
-    let mut child = command(&arguments).spawn().expect("starts");
+    let mut child = command(Command::new(binary()), &arguments).spawn().expect("starts");
     let mut out = child.stdout.take().expect("stdout is a pipe");
     let mut err = child.stderr.take().expect("stderr is a pipe");
     std::thread::scope(|threads| {

@@ -7,7 +7,7 @@ use std::net::{IpAddr, SocketAddr};
 use proxy_tests::netns::{Host, Wire};
 use proxy_tests::peers::{Peer, both};
 use proxy_tests::proxy::{Launch, Proxy};
-use proxy_tests::servers::Upstream;
+use proxy_tests::servers::{ClosedPort, Upstream};
 
 const ENGINES: [&str; 2] = ["copy", "splice"];
 
@@ -119,4 +119,28 @@ fn a_transfer_survives_a_wire_that_is_dead_for_a_while() {
         client.expect_eof();
         assert_eq!(row.proxy.ended().reason, "client_closed");
     }
+}
+
+#[test]
+fn a_name_is_resolved_again_when_its_address_fails() {
+    let [old_ip, new_ip] = [1, 2].map(|last| IpAddr::from([127, 0, 0, last]));
+    let old = Upstream::new(old_ip);
+    let port = old.address().port();
+    let new =
+        ClosedPort::try_bind(SocketAddr::new(new_ip, port)).expect("127.0.0.2 is free").open();
+    let hosts = tempfile::NamedTempFile::new().expect("a file");
+    std::fs::write(hosts.path(), format!("{old_ip} api.test\n")).expect("writes");
+    let proxy = Launch::new(format!("api.test:{port}")).hosts(hosts.path()).start();
+
+    let early = Peer::connect(proxy.address());
+    let early_server = old.accept();
+    std::fs::write(hosts.path(), format!("{new_ip} api.test\n")).expect("writes");
+    let _closed = old.close();
+    // Its answer would hold for minutes, but the address refuses.
+    let client = Peer::connect(proxy.address());
+    let server = new.accept();
+    client.send(b"to the new one");
+    server.receive(b"to the new one");
+    early.send(b"still with the old one");
+    early_server.receive(b"still with the old one");
 }
