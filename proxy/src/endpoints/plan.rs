@@ -111,11 +111,15 @@ pub(super) fn plan(desired: &Desired, found: Found<'_>, port: u16) -> Plan {
     if !plan.unseen.is_empty() {
         return Plan { unseen: plan.unseen, ..Plan::default() };
     }
-    // Ours first: at no time is there no endpoint.
     for (name, slice) in found.slices {
         let family = Family::parse(&slice.address_type);
-        let ours_of_family = ours.values().find(|(own, _)| Some(*own) == family);
-        if let Some((_, own)) = ours_of_family.filter(|_| !ours.contains_key(name)) {
+        let ours_of_family = ours.iter().find(|(_, (own, _))| Some(*own) == family);
+        let Some((own_name, (_, own))) = ours_of_family.filter(|_| !ours.contains_key(name)) else {
+            continue;
+        };
+        // Ours first, and seen to be there: at no time is there no endpoint. The pass after the
+        // one that writes ours finds it so.
+        if plan.is_settled(own_name) {
             plan.clear_foreign(slice, own, found);
         }
     }
@@ -179,6 +183,13 @@ impl Plan {
             });
         }
         self.steps.push(step);
+    }
+
+    /// Whether our slice of this name is right as it is.
+    fn is_settled(&self, name: &str) -> bool {
+        let ours =
+            |subject: &Subject| matches!(subject, Subject::Slice(settled) if settled == name);
+        self.settled.iter().any(|(subject, _)| ours(subject))
     }
 
     fn clear_foreign(&mut self, slice: &EndpointSlice, own: &EndpointSlice, found: Found<'_>) {

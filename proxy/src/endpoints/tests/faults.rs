@@ -88,6 +88,25 @@ async fn what_is_refused_again_and_again_is_tried_ever_less_often() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn while_ours_cannot_be_written_slices_in_its_way_stay() {
+    for (code, reason) in [(403, "Forbidden"), (422, "Invalid"), (500, "InternalError")] {
+        let fake = cluster();
+        ready_on(&fake, &[7]);
+        foreign_slice(&fake, "x", "kubernetes-abcde", "IPv4", &["192.0.2.10"]);
+        fake.fault(usize::MAX, Effect::Refuse(code, reason), |call| {
+            call.kind == "endpointslices" && call.verb() == "patch"
+        });
+        let _replica = Replica::start(&fake, config("10.0.0.7"));
+        seconds(120).await;
+        assert_eq!(addresses(&fake, "kubernetes-abcde"), ["192.0.2.10"], "{code}: the only one");
+        fake.no_more_faults();
+        seconds(61).await;
+        assert_eq!(addresses(&fake, "kubernetes"), ["10.0.0.7"], "{code}: not recovered");
+        assert!(slice(&fake, "kubernetes-abcde").is_none(), "{code}: still in the way");
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn without_permission_for_endpoints_there_is_one_warning_and_all_else_goes_on() {
     let fake = cluster();
     as_steward_grants(&fake);
