@@ -100,6 +100,14 @@ impl Side {
         }
     }
 
+    /// Its place in a set of directions, as the side that bytes come from.
+    fn bit(self) -> u8 {
+        match self {
+            Self::Client => 1,
+            Self::Server => 2,
+        }
+    }
+
     /// The name in logs.
     #[must_use]
     pub fn as_label(self) -> &'static str {

@@ -3,7 +3,7 @@
 use std::future::{Future, poll_fn};
 use std::io;
 use std::pin::pin;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::task::Poll;
 use std::time::Duration;
@@ -69,6 +69,7 @@ pub fn run<'a>(
         counters,
         up: AtomicU64::new(0),
         down: AtomicU64::new(0),
+        in_pipe: AtomicU8::new(0),
         first_to_end: OnceLock::new(),
     };
     async move {
@@ -98,6 +99,8 @@ struct Relay<'a> {
     /// Bytes moved so far. One task writes them; atomics only because it may change its thread.
     up: AtomicU64,
     down: AtomicU64,
+    /// Directions that have bytes in a pipe, one bit each ([`Side::bit`]).
+    in_pipe: AtomicU8,
     /// The side whose stream ended first.
     first_to_end: OnceLock<Side>,
 }
@@ -137,6 +140,10 @@ impl Relay<'_> {
     /// [`LAST_WORDS`], and no time where nothing is left or the other side does not read.
     async fn last_words(&self, from: Side) {
         let (source, destination) = (self.socket(from), self.socket(from.other()));
+        if self.in_pipe.load(Ordering::Relaxed) & from.bit() != 0 {
+            // These bytes went with their pump. What is queued behind them must not go ahead.
+            return;
+        }
         while let Ok(Step::Moved(count)) = copy::step(source, destination, true) {
             self.count(from, count);
         }
@@ -231,6 +238,7 @@ impl Relay<'_> {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Piped::Blocked),
             Err(error) => return Err(fault(from, &error)),
         };
+        self.in_pipe.fetch_or(from.bit(), Ordering::Relaxed);
         while pipe.inside() > 0 {
             match pipe.empty(self.socket(from.other())) {
                 Ok(moved) => self.count(from, moved),
@@ -243,6 +251,7 @@ impl Relay<'_> {
                 },
             }
         }
+        self.in_pipe.fetch_and(!from.bit(), Ordering::Relaxed);
         Ok(Piped::Moved(filled))
     }
 
