@@ -154,6 +154,12 @@ fn parse_upstreams(text: &str) -> Result<UpstreamAddrs, String> {
         text.split(',').map(|part| parse_host_port(part.trim())).collect();
     let mut seen = Vec::new();
     for host in hosts? {
+        if let Host::Ip(ip) = host.host
+            && (ip.is_unspecified() || ip.is_multicast())
+        {
+            // Connecting to the unspecified address reaches this host: ourselves, most likely.
+            return Err(format!("{ip} is no address of a server"));
+        }
         if !seen.contains(&host) {
             seen.push(host);
         }
