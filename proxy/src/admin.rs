@@ -30,7 +30,7 @@ const CONNECTIONS: usize = 64;
 /// How long a client may take for a request's head, and keep a connection without one.
 const HEAD: Duration = Duration::from_secs(10);
 
-/// Serves the admin address until the task is dropped. Connections beyond [`CONNECTIONS`] are
+/// Serves the admin address until the task is dropped. Connections beyond a limit are
 /// closed at once.
 ///
 /// # Errors
