@@ -15,14 +15,15 @@ pub struct Endpoint {
     pub port: u16,
 }
 
-/// A connection, named from the point of view of who opened it.
+/// Names a connection: in the map of handshakes by who opened it and who was asked, in the map of
+/// flows by who sends the segment and to whom.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct Tuple {
-    /// Who sent the SYN.
-    pub client: Endpoint,
-    /// Who answers it: a watched endpoint.
-    pub server: Endpoint,
+    /// Who sent the SYN, or the segment.
+    pub source: Endpoint,
+    /// To whom.
+    pub destination: Endpoint,
 }
 
 /// Value of a watched endpoint: a listener in this network namespace.
@@ -111,6 +112,44 @@ pub struct Pending {
     pub reported: u32,
 }
 
+/// One side of a handshake: what its SYN or SYN-ACK said.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Opening {
+    /// Sequence number of the SYN; the first byte has the next one.
+    pub sequence: u32,
+    /// The options that a relay must translate or compare.
+    pub options: TcpOptions,
+    /// Announced window; never scaled here.
+    pub window: u16,
+    /// All twelve flag bits; see [`flags`].
+    pub flags: u16,
+}
+
+/// [`Seen::state`]: the client has asked.
+pub const SEEN_SYN: u32 = 1;
+/// [`Seen::state`]: the server has answered what the client asked.
+pub const SEEN_SYN_ACK: u32 = 2;
+/// [`Seen::state`]: the client has acknowledged the answer; all numbers are proved.
+pub const SEEN_ALL: u32 = 3;
+
+/// A handshake as the programs saw it go by.
+///
+/// A later SYN for the same tuple starts it over. A forged one can therefore keep a connection
+/// from being switched, but not bring wrong numbers in: nobody answers it with a SYN-ACK.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Seen {
+    /// One of the `SEEN_` constants.
+    pub state: u32,
+    /// Device on which the peer's part of the handshake arrived.
+    pub ifindex: u32,
+    /// Who opened the connection.
+    pub client: Opening,
+    /// Who was asked.
+    pub server: Opening,
+}
+
 /// Things that the program counts. The value is the index into the map.
 #[repr(u32)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -119,11 +158,22 @@ pub enum Counter {
     Lost = 0,
     /// A TCP segment whose headers could not be read, or do not fit into it.
     Unreadable = 1,
+    /// A segment of a switched connection came from another device, or was not meant for this
+    /// host; it went to the stack, where the guard waits.
+    Misplaced = 2,
+    /// A segment of a switched connection could not be rewritten, and was dropped.
+    Unfit = 3,
+    /// A segment of a switched connection reached the stack, and was swallowed.
+    Guarded = 4,
+    /// A segment of a switched connection was larger than its device takes, and was dropped.
+    TooBig = 5,
+    /// An event did not fit into its ring buffer.
+    EventLost = 6,
 }
 
 impl Counter {
     /// How many there are.
-    pub const COUNT: u32 = 2;
+    pub const COUNT: u32 = 7;
 }
 
 /// Index of the word, and mask of the bit in it, that stands for `port` in the bitmap of ports.
@@ -141,11 +191,13 @@ const _: () = {
     assert!(offset_of!(Handshake, window) == 72);
     assert!(offset_of!(Handshake, padding) + 7 == size_of::<Handshake>());
     assert!(size_of::<Handshake>() == 152);
+    assert!(size_of::<Opening>() == 24);
+    assert!(size_of::<Seen>() == 56);
 };
 
 #[cfg(feature = "user")]
 mod pod {
-    use super::{Endpoint, Pending, Tuple};
+    use super::{Endpoint, Pending, Seen, Tuple};
 
     // SAFETY: repr(C), only integers, and no padding: see the size assertions above.
     unsafe impl aya::Pod for Endpoint {}
@@ -153,6 +205,8 @@ mod pod {
     unsafe impl aya::Pod for Tuple {}
     // SAFETY: as above.
     unsafe impl aya::Pod for Pending {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Seen {}
 }
 
 #[cfg(feature = "user")]

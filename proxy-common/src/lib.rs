@@ -4,12 +4,19 @@
 //! byte whose meaning depends on the machine. Numbers are in host order unless they say otherwise.
 #![no_std]
 
+mod flow;
 mod handshake;
 mod options;
 
+pub use flow::{
+    CLIENT, EVENT_CLOSED, EVENT_RESET, EVENT_TOO_BIG, Event, FlowRef, Half, LAYOUT, MARK_FIN,
+    MARK_FIN_ACKED, MARK_RESET, PHASE_FREE, PHASE_LIVE, PHASE_PREPARED, PHASE_SETTLED, Record,
+    SERVER,
+};
 pub use handshake::{
-    Counter, Endpoint, HOOK_EGRESS, HOOK_INGRESS, Handshake, Pending, STEP_ACK, STEP_SYN,
-    STEP_SYN_ACK, Tuple, WATCH_LOCAL, WATCH_REMOTE, flags, port_bit,
+    Counter, Endpoint, HOOK_EGRESS, HOOK_INGRESS, Handshake, Opening, Pending, SEEN_ALL, SEEN_SYN,
+    SEEN_SYN_ACK, STEP_ACK, STEP_SYN, STEP_SYN_ACK, Seen, Tuple, WATCH_LOCAL, WATCH_REMOTE, flags,
+    port_bit,
 };
 pub use options::{MAX_OPTIONS, OptionsBuffer, TcpOptions};
 
@@ -29,6 +36,27 @@ pub mod names {
     pub const HANDSHAKES: &str = "HANDSHAKES";
     /// Handshakes that wait for the segment that completes them.
     pub const PENDING: &str = "PENDING";
+    /// Tc program that jumps to [`PACKET_INGRESS`]: what is attached to devices.
+    pub const GATE_INGRESS: &str = "packet_gate_in";
+    /// Tc program that jumps to [`PACKET_EGRESS`].
+    pub const GATE_EGRESS: &str = "packet_gate_out";
+    /// Program of the socket lookup that swallows strays.
+    pub const GUARD: &str = "packet_guard";
+    /// The programs behind the gates: [`HOOK_INGRESS`](crate::HOOK_INGRESS) and
+    /// [`HOOK_EGRESS`](crate::HOOK_EGRESS) are the indices.
+    pub const STAGES: &str = "STAGES";
+    /// [`Tuple`](crate::Tuple) of a handshake to [`Seen`](crate::Seen).
+    pub const SEEN: &str = "SEEN";
+    /// [`Tuple`](crate::Tuple) of an arriving segment to [`FlowRef`](crate::FlowRef).
+    pub const FLOWS: &str = "FLOWS";
+    /// [`Record`](crate::Record) by slot.
+    pub const RECORDS: &str = "RECORDS";
+    /// Ring buffer of [`Event`](crate::Event).
+    pub const EVENTS: &str = "EVENTS";
+    /// Two listeners that nobody can reach, which take what the guard swallows: IPv4, IPv6.
+    pub const GUARD_SOCKETS: &str = "GUARD_SOCKETS";
+    /// Constant of the object: not 0 to have every handshake segment reported.
+    pub const REPORT: &str = "REPORT";
     /// One `u64` per [`Counter`](crate::Counter) and CPU.
     pub const COUNTERS: &str = "COUNTERS";
 }

@@ -27,6 +27,7 @@ impl Observer {
         assert!(rustix::process::geteuid().is_root(), "this suite needs root: it loads programs");
         let mut ebpf = EbpfLoader::new()
             .override_global(aya_log::LEVEL, &0u8, true)
+            .override_global(names::REPORT, &1u8, true)
             .load(OBJECT)
             .expect("the object");
         for name in [names::PACKET_INGRESS, names::PACKET_EGRESS] {

@@ -246,7 +246,10 @@ fn ring_buffer() -> Finding {
 fn load(verbose: bool) -> Result<(Ebpf, String), Failure> {
     // The level is a constant of the object: below it, the verifier removes the messages' code.
     let level: u8 = if verbose { aya_log::Level::Debug as u8 } else { 0 };
-    let mut ebpf = EbpfLoader::new().override_global(aya_log::LEVEL, &level, true).load(OBJECT)?;
+    let mut ebpf = EbpfLoader::new()
+        .override_global(aya_log::LEVEL, &level, true)
+        .override_global(names::REPORT, &1u8, true)
+        .load(OBJECT)?;
     let begun = Instant::now();
     let mut steps = 0;
     for name in [names::PACKET_INGRESS, names::PACKET_EGRESS] {

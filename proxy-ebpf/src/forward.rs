@@ -1,0 +1,622 @@
+//! Rewrites the segments of switched connections and sends them on to the other end.
+//!
+//! Byte k of one end's stream is byte k plus a constant of the connection to the other end, so a
+//! segment needs new addresses, ports, numbers, timestamps and a window in the right scale. Both
+//! ends then have one TCP conversation with each other, and all that TCP guarantees.
+//!
+//! No packet is trusted by itself: RST, SYN and FIN are only passed on, and what is remembered of a
+//! segment is remembered only if its numbers lie where the two ends are.
+
+use aya_ebpf::bindings::{__sk_buff, BPF_F_INGRESS, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM};
+use aya_ebpf::bindings::TC_ACT_UNSPEC;
+use aya_ebpf::helpers::{
+    bpf_clone_redirect, bpf_csum_diff, bpf_ktime_get_ns, bpf_l3_csum_replace, bpf_l4_csum_replace,
+    bpf_redirect_neigh, bpf_skb_change_tail, bpf_skb_store_bytes,
+};
+use proxy_common::{
+    Counter, EVENT_CLOSED, EVENT_RESET, EVENT_TOO_BIG, Event, FlowRef, HOOK_INGRESS, Half,
+    MARK_FIN, MARK_FIN_ACKED, MARK_RESET, OptionsBuffer, PHASE_LIVE, Record, flags,
+};
+
+use crate::headers::{self, IPV4_HEADER, IPV6_HEADER, Segment, TCP_HEADER};
+use crate::{EVENTS, FLOWS, RECORDS, SCRATCH, Scratch, count};
+
+/// Ethernet's header. Devices without one are not fit for switched connections.
+const LINK: u32 = 14;
+/// On a copy of a segment that is on its way to our own socket; "stcp".
+const COPY: u32 = 0x7374_6370;
+/// The flags that pass: not the reserved ones, nor Accurate ECN's, which is never agreed here.
+const PASSING: u16 = 0x00ff;
+/// A segment cannot lie further ahead than the receiver's window, which may have been larger a
+/// moment ago.
+const SLACK: u32 = 256 * 1024;
+
+const TC_ACT_SHOT: i32 = aya_ebpf::bindings::TC_ACT_SHOT as i32;
+const PACKET_HOST: u32 = 0;
+const OPTION_NOP: u8 = 1;
+const OPTION_SACK: u8 = 5;
+const OPTION_TIMESTAMPS: u8 = 8;
+
+/// Where the tuple of a segment leads, if anywhere.
+#[inline(always)]
+pub fn find(segment: &Segment) -> Option<FlowRef> {
+    // SAFETY: entries are inserted and deleted, never replaced; the reference is checked against
+    // the record's generation before anything is done with it.
+    unsafe { FLOWS.get(segment.tuple) }.copied()
+}
+
+/// The verdict on a segment whose tuple is known.
+#[inline(never)]
+pub fn forward(skb: *mut __sk_buff, segment: &Segment, slot: u32, tag: u32) -> i32 {
+    let flow = FlowRef { slot, tag };
+    let Some(record) = RECORDS.get_ptr_mut(slot) else {
+        return TC_ACT_UNSPEC;
+    };
+    if !is_live(record, flow) {
+        return TC_ACT_UNSPEC;
+    }
+    let side = flow.side();
+    // SAFETY: the index is 0 or 1. The loader writes a record's constants only while nobody can
+    // find it, and reuses it only after every program that did find it has ended.
+    let (half, other) = unsafe {
+        let halves = (&raw mut (*record).halves).cast::<Half>();
+        (&mut *halves.add(side), &mut *halves.add(side ^ 1))
+    };
+    // SAFETY: the context is the kernel's, alive for the whole run of the program.
+    let buffer = unsafe { &mut *skb };
+    let device = buffer.ifindex;
+    if buffer.vlan_present != 0 {
+        // Not for this device, but for a VLAN device on it, where it will come by again.
+        return TC_ACT_UNSPEC;
+    }
+    if buffer.pkt_type != PACKET_HOST
+        || (device != half.in_ifindex && device != half.out_ifindex)
+    {
+        count(Counter::Misplaced);
+        return TC_ACT_UNSPEC;
+    }
+    if buffer.mark == COPY {
+        return if half.duty != 0 { localize(skb, segment, half) } else { TC_ACT_SHOT };
+    }
+    if is_too_big(skb, segment, other.mtu) {
+        count(Counter::TooBig);
+        tell(record, flow, EVENT_TOO_BIG, side, segment.sequence, other.mtu.into());
+        return TC_ACT_SHOT;
+    }
+    if segment.hops <= 1 {
+        return TC_ACT_SHOT;
+    }
+    if half.duty != 0 && segment.flags & (flags::SYN | flags::RST | flags::ACK) == flags::ACK {
+        let mark = buffer.mark;
+        buffer.mark = COPY;
+        // SAFETY: no preconditions. If it fails, our socket misses one acknowledgement.
+        let _ = unsafe { bpf_clone_redirect(skb, device, BPF_F_INGRESS.into()) };
+        buffer.mark = mark;
+    }
+    let news = follow(segment, half, other);
+    if news != 0 {
+        tell(record, flow, news, side, 0, 0);
+    }
+    if rewrite(skb, segment, half, other) != 0 {
+        half.dropped = half.dropped.wrapping_add(1);
+        count(Counter::Unfit);
+        return TC_ACT_SHOT;
+    }
+    // SAFETY: no preconditions; without parameters the kernel asks the routing table for the next
+    // hop on that device, so a new gateway is noticed at once.
+    unsafe { bpf_redirect_neigh(other.out_ifindex, core::ptr::null_mut(), 0, 0) as i32 }
+}
+
+#[inline(always)]
+fn is_live(record: *mut Record, flow: FlowRef) -> bool {
+    // SAFETY: plain reads of aligned words that the loader may be writing.
+    let (phase, generation) = unsafe {
+        (
+            core::ptr::read_volatile(&raw const (*record).phase),
+            core::ptr::read_volatile(&raw const (*record).generation),
+        )
+    };
+    phase >= PHASE_LIVE && flow.is_of(generation) && flow.tag & FlowRef::GUARD_ONLY == 0
+}
+
+/// Whether the segment, or what it will be cut into, exceeds what the device takes.
+#[inline(always)]
+fn is_too_big(skb: *mut __sk_buff, segment: &Segment, mtu: u16) -> bool {
+    // SAFETY: as in forward.
+    let piece = unsafe { (*skb).gso_size };
+    let length = if piece == 0 {
+        segment.length
+    } else {
+        segment.tcp + TCP_HEADER as u32 + segment.options + piece
+    };
+    mtu != 0 && length > u32::from(mtu)
+}
+
+/// Bytes of payload.
+#[inline(always)]
+fn payload(segment: &Segment) -> u32 {
+    segment.length.saturating_sub(segment.tcp + TCP_HEADER as u32 + segment.options)
+}
+
+#[inline(always)]
+fn is_before(a: u32, b: u32) -> bool {
+    (a.wrapping_sub(b) as i32) < 0
+}
+
+/// Remembers what the segment tells of the connection; returns the event it amounts to, or 0.
+#[inline(never)]
+fn follow(segment: &Segment, half: &mut Half, other: &mut Half) -> u8 {
+    // SAFETY: no preconditions.
+    half.seen_ns = unsafe { bpf_ktime_get_ns() };
+    half.packets = half.packets.wrapping_add(1);
+    let fin = u32::from(segment.flags & flags::FIN != 0);
+    let end = segment.sequence.wrapping_add(payload(segment)).wrapping_add(fin);
+    if segment.flags & flags::RST != 0 {
+        return reset(segment, half, other);
+    }
+    if segment.flags & (flags::SYN | flags::ACK) != flags::ACK {
+        return 0;
+    }
+    // What the other end has room for, in this end's numbers.
+    let room = (u32::from(other.window) << (other.shift & 15)).wrapping_add(SLACK);
+    let ahead = end.wrapping_sub(half.sent);
+    let is_plausible = ahead.wrapping_add(room) <= room.wrapping_mul(2);
+    let acknowledged = segment.acknowledgement.wrapping_sub(other.seq_add);
+    if !is_plausible || is_before(other.sent, acknowledged) {
+        return 0;
+    }
+    half.marks &= !MARK_RESET;
+    half.window = segment.window;
+    if is_before(half.sent, end) {
+        half.bytes = half.bytes.wrapping_add(u64::from(ahead - fin));
+        half.sent = end;
+    }
+    if is_before(half.acked, segment.acknowledgement) {
+        half.acked = segment.acknowledgement;
+    }
+    if fin != 0 && half.marks & MARK_FIN == 0 {
+        half.fin = end;
+        half.marks |= MARK_FIN;
+    }
+    if other.marks & (MARK_FIN | MARK_FIN_ACKED) == MARK_FIN && !is_before(acknowledged, other.fin)
+    {
+        other.marks |= MARK_FIN_ACKED;
+        if half.marks & MARK_FIN_ACKED != 0 {
+            return EVENT_CLOSED;
+        }
+    }
+    0
+}
+
+/// A RST counts if the other end can take it for genuine: its number is one that this end is at.
+#[inline(always)]
+fn reset(segment: &Segment, half: &mut Half, other: &Half) -> u8 {
+    let expected = other.acked.wrapping_sub(half.seq_add);
+    let is_genuine = !is_before(segment.sequence, expected) && !is_before(half.sent, segment.sequence);
+    if !is_genuine || half.marks & MARK_RESET != 0 {
+        return 0;
+    }
+    half.marks |= MARK_RESET;
+    EVENT_RESET
+}
+
+/// Tells the loader. Without room the loader finds out when it next looks through the records.
+#[inline(always)]
+fn tell(record: *mut Record, flow: FlowRef, kind: u8, side: usize, sequence: u32, mtu: u32) {
+    let event = Event {
+        slot: flow.slot,
+        // SAFETY: as in is_live.
+        generation: unsafe { core::ptr::read_volatile(&raw const (*record).generation) },
+        sequence,
+        mtu,
+        kind,
+        side: side as u8,
+        padding: [0; 2],
+    };
+    if EVENTS.output::<Event>(event, 0).is_err() {
+        count(Counter::EventLost);
+    }
+}
+
+/// Gives the segment the addresses and numbers that it has on the other connection; 0 if all of it
+/// was possible.
+#[inline(never)]
+fn rewrite(skb: *mut __sk_buff, segment: &Segment, half: &mut Half, other: &Half) -> u8 {
+    let Some(scratch) = SCRATCH.get_ptr_mut(u32::from(HOOK_INGRESS)) else {
+        return 1;
+    };
+    // SAFETY: the value is this CPU's own, one for each hook, and a hook does not interrupt itself.
+    let scratch = unsafe { &mut *scratch };
+    if segment.options > 0 {
+        scratch.old = [0; size_of::<OptionsBuffer>()];
+        let first = segment.tcp + TCP_HEADER as u32;
+        if !headers::load_options(skb, first, segment.options, &mut scratch.old) {
+            headers::gather(skb);
+            if !headers::load_options(skb, first, segment.options, &mut scratch.old) {
+                return 1;
+            }
+        }
+        scratch.new = scratch.old;
+        scratch.length = segment.options;
+        if translate_options(scratch, half, other) != 0
+            || write_options(skb, segment.tcp, scratch) != 0
+        {
+            return 1;
+        }
+    }
+    if write_numbers(skb, segment, half, other) != 0 {
+        return 1;
+    }
+    if segment.family == 4 {
+        write_ipv4(skb, segment.tcp, half, other)
+    } else {
+        write_ipv6(skb, half, other)
+    }
+}
+
+/// Timestamps and selective acknowledgements in the other connection's numbers.
+#[inline(never)]
+fn translate_options(scratch: &mut Scratch, half: &mut Half, other: &Half) -> u8 {
+    scratch.cursor = 0;
+    for _ in 0..40 {
+        // The cursor is kept in memory for the reason that TcpOptions::parse_in_place gives.
+        // SAFETY: plain reads through a reference.
+        let (at, length) = unsafe {
+            (
+                core::ptr::read_volatile(&raw const scratch.cursor),
+                core::ptr::read_volatile(&raw const scratch.length),
+            )
+        };
+        if at >= length {
+            return 0;
+        }
+        let kind = byte(&scratch.old, at);
+        if kind == 0 {
+            return 0;
+        }
+        let size = if kind == OPTION_NOP { 1 } else { u32::from(byte(&scratch.old, at + 1)) };
+        if kind != OPTION_NOP && (size < 2 || at + size > length) {
+            return 1;
+        }
+        if kind == OPTION_TIMESTAMPS {
+            if size != 10 {
+                return 1;
+            }
+            translate_timestamps(scratch, half, other, at + 2);
+        } else if kind == OPTION_SACK {
+            translate_blocks(scratch, other.seq_add, at + 2, size - 2);
+        }
+        // SAFETY: a plain write through a reference.
+        unsafe { core::ptr::write_volatile(&raw mut scratch.cursor, at + size) };
+    }
+    0
+}
+
+#[inline(always)]
+fn translate_timestamps(scratch: &mut Scratch, half: &mut Half, other: &Half, at: u32) {
+    let value = word(&scratch.old, at);
+    let echo = word(&scratch.old, at + 4);
+    half.tsval = value;
+    if half.ts_fixed == 0 {
+        // From here on its clock continues ours, as the other end knows it. Two CPUs that get here
+        // at once differ by a tick, which is allowed (RFC 7323 leaves one; so does Linux).
+        // SAFETY: no preconditions.
+        let now = unsafe { bpf_ktime_get_ns() } / 1_000_000;
+        half.ts_add = (now as u32).wrapping_add(other.ts_clock).wrapping_sub(value);
+        half.ts_fixed = 1;
+    }
+    put(&mut scratch.new, at, value.wrapping_add(half.ts_add));
+    if echo != 0 {
+        put(&mut scratch.new, at + 4, echo.wrapping_sub(other.ts_add));
+    }
+}
+
+#[inline(always)]
+fn translate_blocks(scratch: &mut Scratch, add: u32, at: u32, size: u32) {
+    for edge in 0..8 {
+        if edge * 4 + 4 > size {
+            return;
+        }
+        let number = word(&scratch.old, at + edge * 4);
+        put(&mut scratch.new, at + edge * 4, number.wrapping_sub(add));
+    }
+}
+
+#[inline(always)]
+fn byte(bytes: &OptionsBuffer, at: u32) -> u8 {
+    bytes[(at & 63) as usize]
+}
+
+#[inline(always)]
+fn word(bytes: &OptionsBuffer, at: u32) -> u32 {
+    u32::from_be_bytes([
+        byte(bytes, at),
+        byte(bytes, at + 1),
+        byte(bytes, at + 2),
+        byte(bytes, at + 3),
+    ])
+}
+
+#[inline(always)]
+fn put(bytes: &mut OptionsBuffer, at: u32, value: u32) {
+    let [a, b, c, d] = value.to_be_bytes();
+    bytes[(at & 63) as usize] = a;
+    bytes[((at + 1) & 63) as usize] = b;
+    bytes[((at + 2) & 63) as usize] = c;
+    bytes[((at + 3) & 63) as usize] = d;
+}
+
+/// Stores the options that changed, word by word, and corrects the checksum for all of them: they
+/// need not be aligned, so only the difference of the whole is right.
+#[inline(never)]
+fn write_options(skb: *mut __sk_buff, tcp: u32, scratch: &mut Scratch) -> u8 {
+    // SAFETY: both buffers have 64 bytes, of which 40 are compared.
+    let difference = unsafe {
+        bpf_csum_diff(
+            scratch.old.as_mut_ptr().cast(),
+            40,
+            scratch.new.as_mut_ptr().cast(),
+            40,
+            0,
+        )
+    };
+    for index in 0..10u32 {
+        if index * 4 >= scratch.length {
+            break;
+        }
+        let first = (index * 4) as usize;
+        let old: [u8; 4] = [
+            scratch.old[first],
+            scratch.old[first + 1],
+            scratch.old[first + 2],
+            scratch.old[first + 3],
+        ];
+        let new: [u8; 4] = [
+            scratch.new[first],
+            scratch.new[first + 1],
+            scratch.new[first + 2],
+            scratch.new[first + 3],
+        ];
+        if old != new && !store(skb, LINK + tcp + TCP_HEADER as u32 + index * 4, &new, 0) {
+            return 1;
+        }
+    }
+    adjust(skb, tcp, difference, 0)
+}
+
+/// Ports, sequence and acknowledgement, flags, window.
+#[inline(never)]
+fn write_numbers(skb: *mut __sk_buff, segment: &Segment, half: &Half, other: &Half) -> u8 {
+    let Some(old) = headers::load::<16>(skb, segment.tcp) else {
+        return 1;
+    };
+    let mut acknowledgement = segment.acknowledgement;
+    let mut window = u32::from(segment.window) << (half.shift & 15);
+    if half.duty != 0 && is_before(acknowledgement, half.own_end) {
+        // Our socket has acknowledged more to the other end than this end has taken yet.
+        window = window.saturating_sub(half.own_end.wrapping_sub(acknowledgement));
+        acknowledgement = half.own_end;
+    }
+    let mut scaled = window >> (other.our_shift & 15);
+    if scaled == 0 && window != 0 {
+        scaled = 1;
+    }
+    if scaled > 65535 {
+        scaled = 65535;
+    }
+    let mut new = [0u8; 16];
+    new[0..2].copy_from_slice(&other.local.port.to_be_bytes());
+    new[2..4].copy_from_slice(&other.remote.port.to_be_bytes());
+    new[4..8].copy_from_slice(&segment.sequence.wrapping_add(half.seq_add).to_be_bytes());
+    new[8..12].copy_from_slice(&acknowledgement.wrapping_sub(other.seq_add).to_be_bytes());
+    let offset = (segment.options as u16 / 4 + 5) << 12;
+    new[12..14].copy_from_slice(&(offset | segment.flags & PASSING).to_be_bytes());
+    new[14..16].copy_from_slice(&(scaled as u16).to_be_bytes());
+    let difference = difference(&old, &new);
+    if !store(skb, LINK + segment.tcp, &new, 0) {
+        return 1;
+    }
+    adjust(skb, segment.tcp, difference, 0)
+}
+
+#[inline(never)]
+fn write_ipv4(skb: *mut __sk_buff, tcp: u32, half: &Half, other: &Half) -> u8 {
+    let Some(old) = headers::load::<IPV4_HEADER>(skb, 0) else {
+        return 1;
+    };
+    if tcp != IPV4_HEADER as u32 {
+        // Options that the sender addressed to this hop, not to the next.
+        return 1;
+    }
+    let mut new = old;
+    // The sender's DSCP means nothing on the other connection; its ECN bits do.
+    new[1] &= 3;
+    new[8] = old[8].wrapping_sub(1);
+    new[12..16].copy_from_slice(&other.local.address[12..16]);
+    new[16..20].copy_from_slice(&other.remote.address[12..16]);
+    let whole = difference(&old, &new);
+    let pseudo = difference::<8>(
+        &[old[12], old[13], old[14], old[15], old[16], old[17], old[18], old[19]],
+        &[new[12], new[13], new[14], new[15], new[16], new[17], new[18], new[19]],
+    );
+    let _ = half;
+    if !store(skb, LINK, &new, 0) {
+        return 1;
+    }
+    // SAFETY: no preconditions.
+    let status = unsafe { bpf_l3_csum_replace(skb, LINK + 10, 0, whole as u64, 0) };
+    if status != 0 { 1 } else { adjust(skb, tcp, pseudo, BPF_F_PSEUDO_HDR.into()) }
+}
+
+#[inline(never)]
+fn write_ipv6(skb: *mut __sk_buff, half: &Half, other: &Half) -> u8 {
+    let Some(old) = headers::load::<8>(skb, 0) else {
+        return 1;
+    };
+    let mut new = old;
+    // Traffic class: ECN alone, as above. The flow label was the sender's for its own connection.
+    new[0] = 0x60;
+    new[1] = old[1] & 0x30;
+    new[2] = 0;
+    new[3] = 0;
+    new[7] = old[7].wrapping_sub(1);
+    // This header has no checksum of its own, so a device's sum over the packet must be told of
+    // each change here; the pseudo-header's part below takes the addresses back out of it.
+    if !store(skb, LINK, &new, BPF_F_RECOMPUTE_CSUM.into()) {
+        return 1;
+    }
+    // Arriving: remote to local of this half.
+    let Some(before) = headers::load::<32>(skb, 8) else {
+        return 1;
+    };
+    let _ = half;
+    let mut after = [0u8; 32];
+    after[..16].copy_from_slice(&other.local.address);
+    after[16..].copy_from_slice(&other.remote.address);
+    let pseudo = difference(&before, &after);
+    if !store(skb, LINK + 8, &after, BPF_F_RECOMPUTE_CSUM.into()) {
+        return 1;
+    }
+    adjust(skb, IPV6_HEADER as u32, pseudo, BPF_F_PSEUDO_HDR.into())
+}
+
+/// Makes the copy of a segment what our own socket may see of it: an acknowledgement, of nothing
+/// but its own bytes, by an end that has sent nothing more.
+#[inline(never)]
+fn localize(skb: *mut __sk_buff, segment: &Segment, half: &Half) -> i32 {
+    let header = segment.tcp + TCP_HEADER as u32 + segment.options;
+    // SAFETY: no preconditions; nothing here holds a pointer into the packet.
+    if unsafe { bpf_skb_change_tail(skb, LINK + header, 0) } != 0 {
+        return TC_ACT_SHOT;
+    }
+    let outcome = if segment.family == 4 {
+        shorten_ipv4(skb, header)
+    } else {
+        shorten_ipv6(skb, header)
+    };
+    if outcome != 0 || write_acknowledgement(skb, segment, half) != 0 {
+        return TC_ACT_SHOT;
+    }
+    // SAFETY: as in forward.
+    unsafe { (*skb).mark = 0 };
+    TC_ACT_UNSPEC
+}
+
+#[inline(always)]
+fn shorten_ipv4(skb: *mut __sk_buff, length: u32) -> u8 {
+    let Some(old) = headers::load::<4>(skb, 0) else {
+        return 1;
+    };
+    let [high, low] = (length as u16).to_be_bytes();
+    let new = [old[0], old[1], high, low];
+    let difference = difference(&old, &new);
+    if !store(skb, LINK, &new, 0) {
+        return 1;
+    }
+    // SAFETY: no preconditions.
+    let status = unsafe { bpf_l3_csum_replace(skb, LINK + 10, 0, difference as u64, 0) };
+    u8::from(status != 0)
+}
+
+#[inline(always)]
+fn shorten_ipv6(skb: *mut __sk_buff, length: u32) -> u8 {
+    let new = ((length - IPV6_HEADER as u32) as u16).to_be_bytes();
+    u8::from(!store(skb, LINK + 4, &new, BPF_F_RECOMPUTE_CSUM.into()))
+}
+
+/// The payload is gone, so the checksum cannot be corrected but is made anew.
+#[inline(never)]
+fn write_acknowledgement(skb: *mut __sk_buff, segment: &Segment, half: &Half) -> u8 {
+    let acknowledgement = if is_before(half.own_end, segment.acknowledgement) {
+        half.own_end
+    } else {
+        segment.acknowledgement
+    };
+    let Some(scratch) = SCRATCH.get_ptr_mut(u32::from(HOOK_INGRESS)) else {
+        return 1;
+    };
+    // SAFETY: as in rewrite.
+    let scratch = unsafe { &mut *scratch };
+    let length = TCP_HEADER as u32 + segment.options;
+    scratch.old = [0; size_of::<OptionsBuffer>()];
+    if !headers::load_options(skb, segment.tcp + TCP_HEADER as u32, segment.options, &mut scratch.old)
+    {
+        return 1;
+    }
+    let mut new = [0u8; TCP_HEADER];
+    new[0..2].copy_from_slice(&segment.tuple.source.port.to_be_bytes());
+    new[2..4].copy_from_slice(&segment.tuple.destination.port.to_be_bytes());
+    new[4..8].copy_from_slice(&half.own_next.to_be_bytes());
+    new[8..12].copy_from_slice(&acknowledgement.to_be_bytes());
+    let offset = (segment.options as u16 / 4 + 5) << 12;
+    new[12..14].copy_from_slice(&(offset | flags::ACK).to_be_bytes());
+    new[14..16].copy_from_slice(&segment.window.to_be_bytes());
+    // Length and protocol of the pseudo-header, which both families sum alike.
+    let mut rest = [0u8; 8];
+    rest[..4].copy_from_slice(&length.to_be_bytes());
+    rest[7] = headers::IPPROTO_TCP;
+    let mut sum = sum::<8>(&mut rest, 0);
+    let mut source = segment.tuple.source.address;
+    let mut destination = segment.tuple.destination.address;
+    if segment.family == 4 {
+        // The mapped form has ten zeros and ffff before the address; ffff is zero to this sum.
+        source[10] = 0;
+        source[11] = 0;
+        destination[10] = 0;
+        destination[11] = 0;
+    }
+    sum = self::sum::<16>(&mut source, sum);
+    sum = self::sum::<16>(&mut destination, sum);
+    sum = self::sum::<TCP_HEADER>(&mut new, sum);
+    // SAFETY: the buffer has 64 bytes; those past the options are zero.
+    sum = unsafe {
+        bpf_csum_diff(core::ptr::null_mut(), 0, scratch.old.as_mut_ptr().cast(), 40, sum) as u32
+    };
+    // The sum is of the machine's own words, so its bytes are already in the packet's order.
+    new[16..18].copy_from_slice(&fold(sum).to_ne_bytes());
+    u8::from(!store(skb, LINK + segment.tcp, &new, BPF_F_RECOMPUTE_CSUM.into()))
+}
+
+#[inline(always)]
+fn sum<const N: usize>(bytes: &mut [u8; N], seed: u32) -> u32 {
+    // SAFETY: the pointer and the size describe `bytes`.
+    unsafe { bpf_csum_diff(core::ptr::null_mut(), 0, bytes.as_mut_ptr().cast(), N as u32, seed) as u32 }
+}
+
+#[inline(always)]
+fn fold(sum: u32) -> u16 {
+    let once = (sum & 0xffff) + (sum >> 16);
+    let twice = (once & 0xffff) + (once >> 16);
+    !(twice as u16)
+}
+
+#[inline(always)]
+fn difference<const N: usize>(old: &[u8; N], new: &[u8; N]) -> i64 {
+    // SAFETY: pointers and sizes describe the arrays, which the helper only reads.
+    unsafe {
+        bpf_csum_diff(
+            old.as_ptr().cast_mut().cast(),
+            N as u32,
+            new.as_ptr().cast_mut().cast(),
+            N as u32,
+            0,
+        )
+    }
+}
+
+#[inline(always)]
+fn store<const N: usize>(skb: *mut __sk_buff, offset: u32, bytes: &[u8; N], flags: u64) -> bool {
+    // SAFETY: the pointer and the size describe `bytes`; the kernel checks the offset.
+    let status =
+        unsafe { bpf_skb_store_bytes(skb, offset, bytes.as_ptr().cast(), N as u32, flags) };
+    status == 0
+}
+
+/// Corrects the TCP checksum by a difference.
+#[inline(always)]
+fn adjust(skb: *mut __sk_buff, tcp: u32, difference: i64, flags: u64) -> u8 {
+    // SAFETY: no preconditions; the kernel checks the offset.
+    let status =
+        unsafe { bpf_l4_csum_replace(skb, LINK + tcp + 16, 0, difference as u64, flags) };
+    u8::from(status != 0)
+}

@@ -1,0 +1,57 @@
+//! Swallows segments of switched connections that reach the stack.
+//!
+//! No socket of ours is left for them, so the stack would answer with RST and end a connection
+//! that is alive: when a CNI plugin removes our program for a moment, when a path moves to a device
+//! that does not have it yet, for fragments. What is swallowed is retransmitted by its sender.
+
+use aya_ebpf::programs::SkLookupContext;
+use proxy_common::{Counter, Endpoint, PHASE_FREE, Tuple};
+
+use crate::headers::{IPPROTO_TCP, mapped};
+use crate::{FLOWS, GUARD_SOCKETS, RECORDS, count};
+
+const AF_INET: u32 = 2;
+
+/// Steers the segment to the listener that drops everything, if its connection is a switched one.
+#[inline(always)]
+pub fn try_guard(ctx: &SkLookupContext) -> Option<()> {
+    // SAFETY: the context is the kernel's, alive for the whole run of the program.
+    let lookup = unsafe { &*ctx.lookup };
+    if lookup.protocol != u32::from(IPPROTO_TCP) {
+        return None;
+    }
+    let is_four = lookup.family == AF_INET;
+    let (source, destination) = if is_four {
+        (mapped(lookup.remote_ip4.to_ne_bytes()), mapped(lookup.local_ip4.to_ne_bytes()))
+    } else {
+        (address(&lookup.remote_ip6), address(&lookup.local_ip6))
+    };
+    let tuple = Tuple {
+        source: Endpoint { address: source, port: u16::from_be(lookup.remote_port) },
+        destination: Endpoint { address: destination, port: lookup.local_port as u16 },
+    };
+    // SAFETY: see forward::find.
+    let flow = unsafe { FLOWS.get(tuple) }?;
+    let record = RECORDS.get_ptr(flow.slot)?;
+    // SAFETY: plain reads of aligned words that the loader may be writing.
+    let (phase, generation) = unsafe {
+        (
+            core::ptr::read_volatile(&raw const (*record).phase),
+            core::ptr::read_volatile(&raw const (*record).generation),
+        )
+    };
+    if phase == PHASE_FREE || !flow.is_of(generation) {
+        return None;
+    }
+    count(Counter::Guarded);
+    GUARD_SOCKETS.redirect_sk_lookup(ctx, u32::from(!is_four), 0).ok()
+}
+
+#[inline(always)]
+fn address(words: &[u32; 4]) -> [u8; 16] {
+    let mut bytes = [0; 16];
+    for (chunk, word) in bytes.chunks_exact_mut(4).zip(words) {
+        chunk.copy_from_slice(&word.to_ne_bytes());
+    }
+    bytes
+}
