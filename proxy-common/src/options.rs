@@ -14,6 +14,9 @@ const MSS: u8 = 2;
 const WINDOW_SCALE: u8 = 3;
 const SACK_PERMITTED: u8 = 4;
 const TIMESTAMPS: u8 = 8;
+const MD5_SIGNATURE: u8 = 19;
+const AUTHENTICATION: u8 = 29;
+const MULTIPATH: u8 = 30;
 
 /// The options that decide whether two connections can be joined, and with which offsets.
 #[repr(C)]
@@ -43,6 +46,9 @@ impl TcpOptions {
     pub const SACK_PERMITTED: u8 = 1 << 2;
     /// Bit of [`Self::present`]: [`Self::tsval`] and [`Self::tsecr`] were given.
     pub const HAS_TIMESTAMPS: u8 = 1 << 3;
+    /// Bit of [`Self::present`]: authentication (MD5, AO) or MPTCP, which tie segments to one
+    /// connection.
+    pub const FOREIGN: u8 = 1 << 6;
     /// Bit of [`Self::present`]: an option's length was impossible; what follows it is unknown.
     pub const MALFORMED: u8 = 1 << 7;
 
@@ -114,6 +120,7 @@ impl TcpOptions {
                 self.present |= Self::HAS_TIMESTAMPS;
             }
             MSS | WINDOW_SCALE | SACK_PERMITTED | TIMESTAMPS => return false,
+            MD5_SIGNATURE | AUTHENTICATION | MULTIPATH => self.present |= Self::FOREIGN,
             _ => {}
         }
         true

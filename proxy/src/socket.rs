@@ -300,42 +300,150 @@ fn prepare(socket: &SockRef<'_>) -> io::Result<()> {
     socket.set_tcp_notsent_lowat(UNSENT_BYTES)
 }
 
-/// Some fields of `struct tcp_info` (linux/tcp.h), by their offsets: the struct only ever grows at
-/// its end, and libc's definition stops before `tcpi_notsent_bytes` (4.6) and `tcpi_snd_wnd` (5.4).
+/// Reads what the kernel knows of a connection.
 fn send_queue(fd: BorrowedFd<'_>) -> Option<SendQueue> {
-    const RETRANSMITS: usize = 2;
-    const PROBES: usize = 3;
-    const UNACKED: usize = 24;
-    const LAST_ACK_RECV: usize = 56;
-    const NOT_SENT: usize = 144;
-    const SND_WND: usize = 228;
-    let mut raw = [0_u8; SND_WND + 4];
-    let mut length = libc::socklen_t::try_from(raw.len()).ok()?;
-    // SAFETY: `fd` is borrowed for the call; `raw` is ours, `length` says how long it is, and the
-    // kernel writes at most that much.
-    let result = unsafe {
-        libc::getsockopt(
-            fd.as_raw_fd(),
-            libc::IPPROTO_TCP,
-            libc::TCP_INFO,
-            raw.as_mut_ptr().cast(),
-            &raw mut length,
-        )
-    };
-    if result != 0 || (length as usize) < raw.len() {
-        return None;
-    }
-    let field = |at: usize| {
-        let bytes: [u8; 4] = raw[at..at + 4].try_into().unwrap_or_default();
-        u32::from_ne_bytes(bytes)
-    };
+    let info = Info::of(fd)?;
     Some(SendQueue {
-        unacknowledged: field(UNACKED),
-        unsent: field(NOT_SENT),
-        window: field(SND_WND),
-        unanswered: raw[PROBES].max(raw[RETRANSMITS]),
-        silence: field(LAST_ACK_RECV),
+        unacknowledged: info.word(24),
+        unsent: info.word(144),
+        window: info.send_window(),
+        unanswered: info.raw[3].max(info.raw[2]),
+        silence: info.word(56),
     })
+}
+
+/// `struct tcp_info` (linux/tcp.h), read by offsets: it only ever grows at its end, and libc's
+/// definition stops before `tcpi_notsent_bytes` (4.6) and `tcpi_snd_wnd` (5.4).
+#[derive(Debug, Clone)]
+pub struct Info {
+    raw: [u8; Self::SIZE],
+}
+
+impl Info {
+    const SIZE: usize = 232;
+    /// Bit of [`Self::options`]: timestamps.
+    pub const TIMESTAMPS: u8 = 1;
+    /// Bit of [`Self::options`]: selective acknowledgements.
+    pub const SACK: u8 = 2;
+    /// Bit of [`Self::options`]: scaled windows.
+    pub const WINDOW_SCALE: u8 = 4;
+    /// Bit of [`Self::options`]: timestamps count microseconds (6.7).
+    pub const MICROSECONDS: u8 = 64;
+
+    /// Asks the kernel; `None` for what is no TCP socket.
+    #[must_use]
+    pub fn of(fd: BorrowedFd<'_>) -> Option<Self> {
+        let mut raw = [0; Self::SIZE];
+        let mut length = libc::socklen_t::try_from(raw.len()).ok()?;
+        // SAFETY: `fd` is borrowed for the call; `raw` is ours, `length` says how long it is, and
+        // the kernel writes at most that much.
+        let result = unsafe {
+            libc::getsockopt(
+                fd.as_raw_fd(),
+                libc::IPPROTO_TCP,
+                libc::TCP_INFO,
+                raw.as_mut_ptr().cast(),
+                &raw mut length,
+            )
+        };
+        (result == 0 && length as usize >= raw.len()).then_some(Self { raw })
+    }
+
+    /// An established connection with the usual options, for tests of what is made of it.
+    #[cfg(test)]
+    #[must_use]
+    pub fn sample() -> Self {
+        let mut raw = [0; Self::SIZE];
+        raw[0] = 1;
+        raw[5] = Self::TIMESTAMPS | Self::SACK | Self::WINDOW_SCALE;
+        raw[6] = 0x77;
+        raw[228..232].copy_from_slice(&64240u32.to_ne_bytes());
+        Self { raw }
+    }
+
+    fn word(&self, at: usize) -> u32 {
+        let bytes: [u8; 4] = self.raw[at..at + 4].try_into().unwrap_or_default();
+        u32::from_ne_bytes(bytes)
+    }
+
+    fn long(&self, at: usize) -> u64 {
+        let bytes: [u8; 8] = self.raw[at..at + 8].try_into().unwrap_or_default();
+        u64::from_ne_bytes(bytes)
+    }
+
+    /// Both directions are open.
+    #[must_use]
+    pub fn is_established(&self) -> bool {
+        self.raw[0] == 1
+    }
+
+    /// The connection is over (or the socket was never connected).
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        self.raw[0] == 7
+    }
+
+    /// What was agreed in the handshake.
+    #[must_use]
+    pub fn options(&self) -> u8 {
+        self.raw[5]
+    }
+
+    /// Shift of the windows that the peer announces.
+    #[must_use]
+    pub fn peer_shift(&self) -> u8 {
+        self.raw[6] & 15
+    }
+
+    /// Shift of the windows that we announce.
+    #[must_use]
+    pub fn our_shift(&self) -> u8 {
+        self.raw[6] >> 4
+    }
+
+    /// Bytes that the peer has room for beyond what it has acknowledged.
+    #[must_use]
+    pub fn send_window(&self) -> u32 {
+        self.word(228)
+    }
+
+    /// Bytes that may be on their way at once as far as congestion control goes.
+    #[must_use]
+    pub fn congestion_window(&self) -> u32 {
+        self.word(80).saturating_mul(self.word(16))
+    }
+
+    /// Upper bound of the window that we announce now.
+    #[must_use]
+    pub fn receive_window_bound(&self) -> u32 {
+        self.word(64)
+    }
+
+    /// Round-trip time: the smallest that was seen if any, else the average.
+    #[must_use]
+    pub fn round_trip(&self) -> Duration {
+        let smallest = self.word(148);
+        let average = self.word(68);
+        Duration::from_micros(if smallest == u32::MAX || smallest == 0 { average } else { smallest }.into())
+    }
+
+    /// Largest segment that we said we take, without options.
+    #[must_use]
+    pub fn announced_segment(&self) -> u32 {
+        self.word(84)
+    }
+
+    /// Bytes that the peer has acknowledged; the connecting side counts its SYN as one.
+    #[must_use]
+    pub fn bytes_acked(&self) -> u64 {
+        self.long(120)
+    }
+
+    /// Bytes that arrived in order; FIN counts as one.
+    #[must_use]
+    pub fn bytes_received(&self) -> u64 {
+        self.long(128)
+    }
 }
 
 #[cfg(test)]

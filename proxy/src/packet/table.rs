@@ -1,0 +1,254 @@
+//! The records of switched connections: one array that the kernel programs and we read and write
+//! at the same time, and the map of tuples that leads to it.
+//!
+//! A slot's life: free, prepared (written, findable, not in use), live, settled, and free again
+//! once a grace period has passed, after which no program can still be reading it.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::ptr::NonNull;
+use std::sync::Mutex;
+use std::sync::PoisonError;
+use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
+
+use aya::maps::{HashMap, MapData, MapError};
+use proxy_common::{
+    FlowRef, Half, PHASE_FREE, PHASE_LIVE, PHASE_PREPARED, PHASE_SETTLED, Record, Tuple,
+};
+use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+
+/// All records.
+#[derive(Debug)]
+pub struct Table {
+    memory: Memory,
+    flows: Mutex<Flows>,
+    free: Mutex<Vec<u32>>,
+}
+
+type Flows = HashMap<MapData, Tuple, FlowRef>;
+
+/// A slot's number and which of its uses is meant.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Slot {
+    /// Index of the record.
+    pub index: u32,
+    /// Its generation.
+    pub generation: u32,
+}
+
+impl std::fmt::Display for Slot {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}-{}", self.index, self.generation)
+    }
+}
+
+impl std::str::FromStr for Slot {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        let (index, generation) = text.split_once('-').ok_or(())?;
+        let number = |text: &str| text.parse().map_err(|_| ());
+        Ok(Self { index: number(index)?, generation: number(generation)? })
+    }
+}
+
+impl Table {
+    /// Maps the records into memory. Whoever had them before may have left some in use.
+    ///
+    /// # Errors
+    /// mmap(2) refuses, or the map is of another kind.
+    pub fn new(records: &MapData, flows: MapData) -> io::Result<Self> {
+        let info = records.info().map_err(io::Error::other)?;
+        let count = info.max_entries();
+        let memory = Memory::of(records, count)?;
+        let flows = HashMap::try_from(aya::maps::Map::HashMap(flows)).map_err(io::Error::other)?;
+        let table = Self { memory, flows: Mutex::new(flows), free: Mutex::default() };
+        let free = (0..count).rev().filter(|&index| table.phase(index) == PHASE_FREE);
+        *table.free() = free.collect();
+        Ok(table)
+    }
+
+    /// How many more connections fit.
+    pub fn room(&self) -> usize {
+        self.free().len()
+    }
+
+    /// Slots in use, whoever took them.
+    pub fn in_use(&self) -> Vec<Slot> {
+        let slots = (0..self.memory.count).filter(|&index| self.phase(index) != PHASE_FREE);
+        slots.map(|index| Slot { index, generation: self.generation(index) }).collect()
+    }
+
+    /// Writes a record and makes it findable under `tuples` (client's, server's, and the client's
+    /// behind address translation); segments still go to the sockets. `None` without room.
+    ///
+    /// # Errors
+    /// A tuple is taken, or the kernel is out of memory; nothing is left behind then.
+    pub fn prepare(&self, record: Record, guard: Option<Tuple>) -> Result<Option<Slot>, MapError> {
+        let Some(index) = self.free().pop() else {
+            return Ok(None);
+        };
+        let generation = self.generation(index).wrapping_add(1);
+        let slot = Slot { index, generation };
+        let at = self.memory.at(index);
+        // SAFETY: the slot is free and was so for a grace period: no program reads it, and no
+        // other thread has it, since it was taken out of the list.
+        unsafe { at.write(Record { phase: PHASE_PREPARED, generation, ..record }) };
+        match self.insert(slot, &record, guard) {
+            Ok(()) => Ok(Some(slot)),
+            Err(error) => {
+                self.unlink(slot, guard);
+                Err(error)
+            }
+        }
+    }
+
+    fn insert(&self, slot: Slot, record: &Record, guard: Option<Tuple>) -> Result<(), MapError> {
+        const NO_REPLACE: u64 = 1; // BPF_NOEXIST
+        let mut flows = self.flows();
+        for (side, half) in record.halves.iter().enumerate() {
+            let flow = FlowRef::new(slot.index, slot.generation, side);
+            flows.insert(tuple(half), flow, NO_REPLACE)?;
+        }
+        if let Some(tuple) = guard {
+            let mut flow = FlowRef::new(slot.index, slot.generation, 0);
+            flow.tag |= FlowRef::GUARD_ONLY;
+            flows.insert(tuple, flow, NO_REPLACE)?;
+        }
+        Ok(())
+    }
+
+    /// Rewriting begins: both directions at once.
+    pub fn go_live(&self, slot: Slot) {
+        self.word(slot, |record| &raw mut record.phase).store(PHASE_LIVE, Ordering::Release);
+    }
+
+    /// The sockets are gone; from here on the connection outlives this process.
+    pub fn settle(&self, slot: Slot) {
+        self.word(slot, |record| &raw mut record.phase).store(PHASE_SETTLED, Ordering::Release);
+    }
+
+    /// The connection is over: its segments are nobody's from here on. The slot can be used again
+    /// after [`Self::reuse`].
+    pub fn unlink(&self, slot: Slot, guard: Option<Tuple>) {
+        let record = self.read(slot);
+        self.word(slot, |record| &raw mut record.phase).store(PHASE_PREPARED, Ordering::Release);
+        let mut flows = self.flows();
+        let tuples = record.iter().flat_map(|record| record.halves.iter().map(tuple));
+        for tuple in tuples.chain(guard) {
+            // Only our own: after a failed insertion the tuple may be somebody else's.
+            let is_ours = flows.get(&tuple, 0).is_ok_and(|flow| {
+                flow.slot == slot.index && flow.is_of(slot.generation)
+            });
+            if is_ours {
+                let _ = flows.remove(&tuple);
+            }
+        }
+    }
+
+    /// Gives back slots that were unlinked before the last grace period.
+    pub fn reuse(&self, slots: impl IntoIterator<Item = Slot>) {
+        for slot in slots {
+            self.word(slot, |record| &raw mut record.phase).store(PHASE_FREE, Ordering::Release);
+            self.free().push(slot.index);
+        }
+    }
+
+    /// A copy of the record; `None` if the slot has another use by now.
+    pub fn read(&self, slot: Slot) -> Option<Record> {
+        let at = self.memory.at(slot.index);
+        // SAFETY: inside the mapping. Programs may be writing some of the numbers meanwhile; each
+        // is read whole, being aligned, and volatile keeps the compiler from assuming more.
+        let record = unsafe { at.read_volatile() };
+        (record.generation == slot.generation && record.phase != PHASE_FREE).then_some(record)
+    }
+
+    /// Changes one of the loader's words of a record.
+    pub fn set(&self, slot: Slot, field: impl FnOnce(&mut Record) -> *mut u32, value: u32) {
+        self.word(slot, field).store(value, Ordering::Release);
+    }
+
+    /// Sets or clears a duty.
+    pub fn set_duty(&self, slot: Slot, side: usize, duty: bool) {
+        let at = self.memory.at(slot.index);
+        // SAFETY: inside the mapping; only the address is taken.
+        let field = unsafe { &raw mut (*at).halves[side].duty };
+        // SAFETY: aligned, alive as long as the mapping; programs only read it.
+        unsafe { AtomicU8::from_ptr(field) }.store(duty.into(), Ordering::Release);
+    }
+
+    fn word(&self, slot: Slot, field: impl FnOnce(&mut Record) -> *mut u32) -> &AtomicU32 {
+        let at = self.memory.at(slot.index);
+        // SAFETY: inside the mapping; `field` only takes an address.
+        let field = field(unsafe { &mut *at });
+        // SAFETY: aligned, inside the mapping, which lives as long as `self`.
+        unsafe { AtomicU32::from_ptr(field) }
+    }
+
+    fn phase(&self, index: u32) -> u32 {
+        // SAFETY: inside the mapping.
+        unsafe { (&raw const (*self.memory.at(index)).phase).read_volatile() }
+    }
+
+    fn generation(&self, index: u32) -> u32 {
+        // SAFETY: inside the mapping.
+        unsafe { (&raw const (*self.memory.at(index)).generation).read_volatile() }
+    }
+
+    fn flows(&self) -> std::sync::MutexGuard<'_, Flows> {
+        self.flows.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn free(&self) -> std::sync::MutexGuard<'_, Vec<u32>> {
+        self.free.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// How segments from this end arrive.
+pub fn tuple(half: &Half) -> Tuple {
+    Tuple { source: half.remote, destination: half.local }
+}
+
+/// The records in our own memory.
+#[derive(Debug)]
+struct Memory {
+    start: NonNull<Record>,
+    count: u32,
+}
+
+// SAFETY: a shared mapping that nobody moves; all access goes through `Table`, whose methods say
+// why theirs is sound.
+unsafe impl Send for Memory {}
+// SAFETY: as above.
+unsafe impl Sync for Memory {}
+
+impl Memory {
+    fn of(map: &MapData, count: u32) -> io::Result<Self> {
+        let length = Self::length(count);
+        let access = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: a new mapping, at an address that the kernel chooses.
+        let start = unsafe {
+            mmap(std::ptr::null_mut(), length, access, MapFlags::SHARED, map.fd().as_fd(), 0)?
+        };
+        let start = NonNull::new(start.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
+        Ok(Self { start, count })
+    }
+
+    /// The kernel maps whole pages.
+    fn length(count: u32) -> usize {
+        (count as usize * size_of::<Record>()).next_multiple_of(4096)
+    }
+
+    fn at(&self, index: u32) -> *mut Record {
+        assert!(index < self.count, "slot {index} of {}", self.count);
+        // SAFETY: inside the mapping, as was just checked.
+        unsafe { self.start.as_ptr().add(index as usize) }
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // SAFETY: this is what was mapped, and nobody has references into it any more.
+        let _ = unsafe { munmap(self.start.as_ptr().cast(), Self::length(self.count)) };
+    }
+}
