@@ -23,6 +23,7 @@ pub mod drain;
 pub mod endpoints;
 pub mod logging;
 pub mod metrics;
+pub mod packet;
 pub mod preflight;
 pub mod readiness;
 pub mod relay;
