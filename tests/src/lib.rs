@@ -14,6 +14,7 @@ pub mod netns;
 pub mod peers;
 pub mod process;
 pub mod proxy;
+pub mod segments;
 pub mod servers;
 pub mod stream;
 pub mod wait;
