@@ -23,7 +23,7 @@ use crate::readiness::Readiness;
 use crate::relay::{Counters, Limits, PipePool};
 use crate::session::Shared;
 use crate::upstream::Upstream;
-use crate::{accept, admin, endpoints, logging};
+use crate::{accept, admin, control, endpoints, logging};
 
 /// Descriptors beside those of connections: listeners, pipes, epoll, log, API client.
 const OTHER_DESCRIPTORS: u64 = 512;
@@ -75,6 +75,8 @@ pub struct App {
     pub listening: SocketAddr,
     /// Where metrics and health are served.
     pub admin: Option<SocketAddr>,
+    /// Takes the admin socket's name away at the end.
+    _admin_socket: Option<control::SocketName>,
     drain: Drain,
     metrics: Arc<Metrics>,
     accepting: JoinHandle<()>,
@@ -125,11 +127,26 @@ impl App {
         if let Some(listener) = admin_listener {
             side.spawn(admin::serve(listener, Arc::clone(&metrics), readiness.clone()));
         }
+        let admin_socket = config.admin_socket.as_deref().and_then(control::open);
+        let admin_socket = admin_socket.map(|(listener, name)| {
+            side.spawn(control::serve(listener, Arc::new(control::Empty)));
+            name
+        });
         if config.endpoints.mode != EndpointMode::Off {
             let endpoints = config.endpoints.clone();
             side.spawn(endpoints::run(endpoints, readiness, Arc::clone(&metrics), drain.watcher()));
         }
-        let app = Self { listening, admin, drain, metrics, accepting, signals, data, side };
+        let app = Self {
+            listening,
+            admin,
+            _admin_socket: admin_socket,
+            drain,
+            metrics,
+            accepting,
+            signals,
+            data,
+            side,
+        };
         app.announce(config);
         Ok(app)
     }

@@ -6,13 +6,15 @@
 //! the help; `normalize` brings Go's spelling into clap's and collects what neither knows.
 
 mod judge;
+mod verbs;
 
 use std::ffi::OsString;
 
 use clap::{ArgAction, CommandFactory, FromArgMatches, Parser};
 
-use crate::config::Config;
+use crate::config::{Config, DEFAULT_ADMIN_SOCKET, DEFAULT_BPFFS};
 pub use judge::Mistakes;
+pub use verbs::{CheckFlags, CleanupFlags, ConnectionsFlags, ConnectionsVerb, KillFlags, Output};
 
 /// The flags of the proxy. All values stay text here: `judge.rs` judges them
 /// together, so that every mistake is reported at once.
@@ -22,7 +24,10 @@ pub use judge::Mistakes;
     version = crate::VERSION,
     about = "Relays a tenant cluster's API connections to its hosted control plane",
     args_override_self = true,
-    after_help = "Verbs:\n  check    show what this kernel and these privileges allow (see check --help)\n\n\
+    after_help = "Verbs, each with a --help of its own:\n  \
+                  check        show what this kernel and these privileges allow\n  \
+                  connections  list or kill the connections of a running proxy\n  \
+                  cleanup      remove what kernel engines have left in the kernel\n\n\
                   Flags may be written as in Go: -flag=value, --flag=value or --flag value."
 )]
 pub struct Flags {
@@ -38,6 +43,14 @@ pub struct Flags {
     /// How bytes move: auto, splice or copy
     #[arg(long, value_name = "ENGINE", default_value = "auto", help_heading = "Relay")]
     pub engine: String,
+
+    /// Directory of a bpffs that the packet engine pins to; "off" for none
+    #[arg(long, value_name = "PATH", default_value = DEFAULT_BPFFS, help_heading = "Relay")]
+    pub bpffs: String,
+
+    /// The packet engine leaves connections with a longer round trip to the other engines
+    #[arg(long, value_name = "DURATION", default_value = "4ms", help_heading = "Relay")]
+    pub packet_max_rtt: String,
 
     /// Time to reach the upstream, over all its addresses, before a client is refused
     #[arg(long, value_name = "DURATION", default_value = "5s", help_heading = "Relay")]
@@ -105,6 +118,11 @@ pub struct Flags {
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:6480", help_heading = "Operation")]
     pub admin_addr: String,
 
+    /// Unix socket that the verb "connections" talks to; "off" for none
+    #[arg(long, value_name = "PATH", default_value = DEFAULT_ADMIN_SOCKET,
+          help_heading = "Operation")]
+    pub admin_socket: String,
+
     /// text or json
     #[arg(long, value_name = "FORMAT", default_value = "text", help_heading = "Operation")]
     pub log_format: String,
@@ -126,34 +144,12 @@ pub enum Invocation {
     Proxy(Box<Config>),
     /// Show what this kernel and these privileges allow.
     Check(CheckFlags),
+    /// List or kill the connections of a running proxy.
+    Connections(ConnectionsFlags),
+    /// Remove what kernel engines have left in the kernel.
+    Cleanup(CleanupFlags),
     /// Print this text (help, version) to stdout and end with status 0.
     Print(String),
-}
-
-/// The flags of `check`.
-#[derive(Parser, Debug, Clone)]
-#[command(
-    name = "steward-tcp-proxy check",
-    about = "Shows what this kernel and these privileges allow, naming the closed gate of each \
-             row that fails; exit status 0 if all that the kernel engines need is there, else 1"
-)]
-pub struct CheckFlags {
-    /// Table for people, JSON for programs
-    #[arg(long, value_enum, default_value = "table")]
-    pub output: Output,
-
-    /// Show the kernel programs' debug messages
-    #[arg(long, short)]
-    pub verbose: bool,
-}
-
-/// How `check` prints what it found.
-#[derive(clap::ValueEnum, Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Output {
-    /// Aligned columns.
-    Table,
-    /// One JSON object.
-    Json,
 }
 
 /// Reads the process's arguments (without the program's name) and environment.
@@ -161,13 +157,9 @@ pub enum Output {
 /// # Errors
 /// All mistakes in the flags at once, ready to be shown one per line.
 pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, Mistakes> {
-    let mut args: Vec<OsString> = args.into_iter().collect();
-    if args.first().is_some_and(|verb| verb == "check") {
-        args[0] = "steward-tcp-proxy check".into();
-        return match CheckFlags::try_parse_from(args) {
-            Ok(flags) => Ok(Invocation::Check(flags)),
-            Err(error) => clap_outcome(&error),
-        };
+    let args: Vec<OsString> = args.into_iter().collect();
+    if let Some(parsed) = verbs::parse(&args) {
+        return parsed.or_else(|error| clap_outcome(&error));
     }
     let mut mistakes = Mistakes::default();
     let normal = normalize(&Flags::command(), args, &mut mistakes);

@@ -10,6 +10,12 @@ use crate::relay::Wish;
 /// Port of an upstream that names none: the API server's own default.
 pub const DEFAULT_UPSTREAM_PORT: u16 = 6443;
 
+/// Where the kernel engines pin what must outlive a process, unless `--bpffs` says otherwise.
+pub const DEFAULT_BPFFS: &str = "/sys/fs/bpf/steward-tcp-proxy";
+
+/// Where the verb `connections` finds a proxy, unless `--admin-socket` says otherwise.
+pub const DEFAULT_ADMIN_SOCKET: &str = "/run/steward-tcp-proxy/admin.sock";
+
 /// Namespace of our own Service; the add-on that installs us always uses this one.
 pub const SERVICE_NAMESPACE: &str = "kube-system";
 
@@ -34,10 +40,24 @@ pub struct Config {
     pub endpoints: EndpointConfig,
     /// Where metrics and health are served; `None` for nowhere.
     pub admin: Option<SocketAddr>,
+    /// Unix socket of the verb `connections`; `None` for none.
+    pub admin_socket: Option<PathBuf>,
+    /// What the `packet` engine is wired with.
+    pub packet: PacketConfig,
     /// How logs are written.
     pub log_format: LogFormat,
     /// klog's verbosity.
     pub verbosity: u8,
+}
+
+/// What the `packet` engine needs to know.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PacketConfig {
+    /// Directory of a bpffs for pins; `None` for none.
+    pub bpffs: Option<PathBuf>,
+    /// Connections with a longer round trip than this, on either side, stay with the userspace
+    /// engines: their TCP ends shorten the way that a lost segment has to be repeated on.
+    pub max_rtt: Duration,
 }
 
 /// What the reconciler needs to know.

@@ -12,13 +12,16 @@
 //! 8. [`drain`]: ending in order.
 //!
 //! Beside that way: [`endpoints`] keeps `default/kubernetes` pointing at us, [`admin`] and
-//! [`metrics`] show what goes on, [`preflight`] tells what the kernel allows.
+//! [`metrics`] show what goes on, [`control`] lists and kills connections, [`preflight`] tells what
+//! the kernel allows, [`cleanup`] removes what is left in it.
 
 pub mod accept;
 pub mod admin;
 pub mod app;
+pub mod cleanup;
 pub mod cli;
 pub mod config;
+pub mod control;
 pub mod drain;
 pub mod endpoints;
 pub mod logging;

@@ -50,13 +50,15 @@ pub struct Launch {
 
 impl Launch {
     /// A proxy in front of `upstream` (as in `--upstream-addr`) that listens on ports of
-    /// 127.0.0.1 that the kernel chooses, writes no endpoints and logs JSON.
+    /// 127.0.0.1 that the kernel chooses, writes no endpoints, has no admin socket (its place is
+    /// one for the whole host) and logs JSON.
     #[must_use]
     pub fn new(upstream: impl Display) -> Self {
         let flags = [
             "--log-format=json",
             "--listen-addr=127.0.0.1:0",
             "--admin-addr=127.0.0.1:0",
+            "--admin-socket=off",
             "--endpoint-mode=off",
         ];
         let flags = flags.map(str::to_owned).to_vec();

@@ -23,6 +23,9 @@ fn every_mistake_is_told_at_once_and_nothing_is_bound() {
         "--endpoint-mode=maybe",
         "--log-format=xml",
         "--pod-ip=nowhere",
+        "--bpffs=bpf",
+        "--packet-max-rtt=0",
+        "--admin-socket=admin.sock",
         "--tls-key-file=/nowhere.key",
         "--no-such-flag",
         "stray",
@@ -36,6 +39,9 @@ fn every_mistake_is_told_at_once_and_nothing_is_bound() {
         "--endpoint-mode",
         "--log-format",
         "--pod-ip",
+        "--bpffs",
+        "--packet-max-rtt",
+        "--admin-socket",
         "--tls-cert-file",
         "no-such-flag",
         "stray",
@@ -100,6 +106,9 @@ fn help_lists_every_flag_and_says_what_it_does() {
         "upstream-sni",
         "upstream-insecure",
         "admin-addr",
+        "admin-socket",
+        "bpffs",
+        "packet-max-rtt",
         "log-format",
         "v",
         "logtostderr",
@@ -110,7 +119,11 @@ fn help_lists_every_flag_and_says_what_it_does() {
         });
         assert!(listed, "--{flag} is not in:\n{}", outcome.stdout);
     }
-    assert!(outcome.stdout.contains("check"), "{}", outcome.stdout);
+    for verb in ["check", "connections", "cleanup"] {
+        assert!(outcome.stdout.contains(verb), "{verb} is not in:\n{}", outcome.stdout);
+        let own = run(&[verb, "--help"]);
+        assert!(own.code == Some(0) && own.stdout.contains("Usage"), "{verb}: {own:?}");
+    }
     assert_eq!(run(&["-h"]).stdout, outcome.stdout);
 }
 

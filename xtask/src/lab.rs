@@ -8,6 +8,8 @@
 //! nothing can be left behind: a namespace goes with the last thread and process in it, whichever
 //! way the demo ends.
 
+mod delay;
+
 use std::io::Write as _;
 use std::net::{IpAddr, Ipv4Addr};
 use std::process::{Command, Stdio};
@@ -94,21 +96,43 @@ impl Lab {
     /// # Errors
     /// The first thing that this machine does not allow.
     pub fn from_namespaces() -> Result<Self> {
+        let lab = Self::bare_namespaces()?;
+        let wire = format!("link add node type veth peer name client netns {}", lab.node.thread);
+        lab.client.ip(&wire)?;
+        lab.join()
+    }
+
+    /// The same with a client that is far away: `round_trip` is what its wire takes both ways
+    /// together.
+    ///
+    /// # Errors
+    /// The first thing that this machine does not allow.
+    pub fn with_far_client(round_trip: Duration) -> Result<Self> {
+        let lab = Self::bare_namespaces()?;
+        let wire = [(&lab.client, "node"), (&lab.node, "client")]
+            .map(|(host, device)| host.run(move || delay::open(device)));
+        let [one, other] = wire;
+        delay::connect(one??, other??, round_trip / 2)?;
+        lab.join()
+    }
+
+    fn bare_namespaces() -> Result<Self> {
         ensure!(rustix::process::geteuid().is_root(), "not root");
-        let lab = Self {
+        Ok(Self {
             client: Host::new("client", true)?,
             node: Host::new("node", true)?,
             server: Host::new("server", true)?,
             plan: NAMESPACES,
-        };
-        lab.client.ip(&format!(
-            "link set lo up
-             link add node type veth peer name client netns {}
+        })
+    }
+
+    /// Addresses and routes; the client's wire is there.
+    fn join(self) -> Result<Self> {
+        let lab = self;
+        lab.client.ip("link set lo up
              addr add 198.18.1.2/24 dev node
              link set node up
-             route add default via 198.18.1.1",
-            lab.node.thread
-        ))?;
+             route add default via 198.18.1.1")?;
         lab.node.ip(&format!(
             "link set lo up
              addr add 198.18.1.1/24 dev client

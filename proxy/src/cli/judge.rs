@@ -9,7 +9,7 @@ use kube::config::{Kubeconfig, KubeconfigError};
 use super::Flags;
 use crate::config::{
     Config, DEFAULT_UPSTREAM_PORT, EndpointConfig, EndpointMode, Host, HostPort, ListenAddr,
-    LogFormat, UpstreamAddrs,
+    LogFormat, PacketConfig, UpstreamAddrs,
 };
 use crate::relay::Wish;
 
@@ -67,6 +67,9 @@ pub(super) fn config(flags: &Flags, mistakes: &mut Mistakes) -> Option<Config> {
     let max_connections =
         mistakes.take("max-connections", parse_count(&flags.max_connections, 1, 10_000_000));
     let admin = mistakes.take("admin-addr", parse_admin(&flags.admin_addr));
+    let admin_socket = mistakes.take("admin-socket", parse_admin_socket(&flags.admin_socket));
+    let bpffs = mistakes.take("bpffs", parse_path(&flags.bpffs));
+    let max_rtt = mistakes.take("packet-max-rtt", parse_positive(&flags.packet_max_rtt));
     let log_format = mistakes.take("log-format", parse_log_format(&flags.log_format));
     let verbosity = mistakes.take("v", parse_count(&flags.verbosity, 0, 255));
     mistakes.take("logtostderr", parse_bool(&flags.logtostderr));
@@ -82,6 +85,8 @@ pub(super) fn config(flags: &Flags, mistakes: &mut Mistakes) -> Option<Config> {
         max_connections: max_connections?,
         endpoints: endpoints?,
         admin: admin?,
+        admin_socket: admin_socket?,
+        packet: PacketConfig { bpffs: bpffs?, max_rtt: max_rtt? },
         log_format: log_format?,
         verbosity: u8::try_from(verbosity?).ok()?,
     })
@@ -147,6 +152,28 @@ fn parse_admin(text: &str) -> Result<Option<SocketAddr>, String> {
     let listen = parse_listen(text)?;
     let ip = listen.ip.unwrap_or(IpAddr::V6(std::net::Ipv6Addr::UNSPECIFIED));
     Ok(Some(SocketAddr::new(ip, listen.port)))
+}
+
+/// An absolute path, or `off`.
+fn parse_path(text: &str) -> Result<Option<PathBuf>, String> {
+    match Path::new(text) {
+        _ if text == "off" => Ok(None),
+        // A relative one would depend on where the process happens to be started.
+        path if path.is_absolute() => Ok(Some(path.to_owned())),
+        _ => Err(format!("{text:?} is neither an absolute path nor \"off\"")),
+    }
+}
+
+/// The name of a unix socket fits into `sun_path`, with a zero behind it (unix(7)).
+fn parse_admin_socket(text: &str) -> Result<Option<PathBuf>, String> {
+    const LONGEST: usize = 107;
+    match parse_path(text)? {
+        Some(_) if text.len() > LONGEST => {
+            Err(format!("{text:?} is too long for a unix socket (at most {LONGEST} bytes)"))
+        }
+        Some(_) if text.ends_with('/') => Err(format!("{text:?} names a directory")),
+        path => Ok(path),
+    }
 }
 
 fn parse_upstreams(text: &str) -> Result<UpstreamAddrs, String> {
@@ -399,6 +426,21 @@ mod tests {
         assert!(broken.contains("cannot be parsed") && !broken.contains("SECRET"), "{broken}");
         assert!(parse_kubeconfig(&file).expect_err("is gone").contains("cannot read"));
         assert!(parse_kubeconfig(&folder).is_err(), "a folder was accepted");
+    }
+
+    #[test]
+    fn paths_are_absolute_or_off() {
+        assert_eq!(parse_path("off"), Ok(None));
+        assert_eq!(parse_path("/a/b"), Ok(Some("/a/b".into())));
+        for wrong in ["", "a", "./off", "~/a"] {
+            assert!(parse_path(wrong).is_err(), "{wrong:?} was accepted");
+        }
+        let long = |length: usize| format!("/{}", "a".repeat(length - 1));
+        assert!(parse_admin_socket(&long(107)).is_ok());
+        for wrong in [long(108), "/run/x/".into(), "a".into()] {
+            assert!(parse_admin_socket(&wrong).is_err(), "{wrong:?} was accepted");
+        }
+        assert_eq!(parse_admin_socket("off"), Ok(None));
     }
 
     #[test]

@@ -1,22 +1,56 @@
 //! Plain TCP load: a server that echoes, swallows or pours, and clients that time it.
 //!
-//! The first byte of a connection chooses: `E` echoes messages of [`MESSAGE`] bytes, `S` swallows
-//! until the end of the stream and answers with the count, `G` gives bytes until the client goes.
+//! A connection begins with a message of [`MESSAGE`] bytes, which comes back. Its byte [`MODE`]
+//! chooses what follows: `E` more such messages; `S` one more, then the server swallows until the
+//! end of the stream and answers with the count; `G` one more, then the server gives bytes until
+//! the client goes. So every connection speaks before it streams, as real protocols do.
 
 use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 
 /// Bytes of an echoed message: a small request.
-pub const MESSAGE: usize = 64;
+const MESSAGE: usize = 64;
+
+/// The byte of the first message that chooses; the eight before it hold a number.
+const MODE: usize = 8;
 
 /// Bytes that a bulk stream writes at once.
 const BLOCK: usize = 256 * 1024;
 
-/// What a phase measured.
+/// A peer that is silent for so long has failed.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Bulk bytes that have reached their readers, whichever host they are on: all hosts are in this
+/// process, and one load runs at a time.
+static ARRIVED: AtomicU64 = AtomicU64::new(0);
+
+/// What the clients do, on how many connections at once.
+#[derive(Debug, Clone, Copy)]
+pub enum Load {
+    /// Request and answer in turn.
+    Echo(usize),
+    /// Client to server; every byte is accounted for.
+    Up(usize),
+    /// Server to client.
+    Down(usize),
+    /// Connect, one request and its answer, close, again and again.
+    Connect(usize),
+}
+
+/// How long a load runs.
+#[derive(Debug, Clone, Copy)]
+pub struct Span {
+    /// Not measured: connections are made, windows grow, engines switch.
+    pub warm_up: Duration,
+    /// Measured.
+    pub time: Duration,
+}
+
+/// What a load measured.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Figures {
     /// Messages or connections per second.
@@ -29,6 +63,8 @@ pub struct Figures {
     pub p99_us: f64,
     /// Messages or connections.
     pub exchanges: usize,
+    /// Processor time of the proxy, seconds.
+    pub cpu_seconds: f64,
 }
 
 /// Serves as long as this process lives, a thread for each connection. The threads are on the
@@ -49,176 +85,195 @@ pub fn serve(address: SocketAddr) -> Result<()> {
 
 fn serve_one(mut stream: TcpStream) -> std::io::Result<()> {
     stream.set_nodelay(true)?;
-    let mut mode = [0];
-    stream.read_exact(&mut mode)?;
-    match mode[0] {
-        b'E' => {
-            let mut message = [0; MESSAGE];
-            loop {
-                stream.read_exact(&mut message)?;
-                stream.write_all(&message)?;
-            }
-        }
+    let mut message = [0; MESSAGE];
+    let mut echo = |stream: &mut TcpStream| {
+        stream.read_exact(&mut message)?;
+        stream.write_all(&message)?;
+        Ok::<_, std::io::Error>(message[MODE])
+    };
+    match echo(&mut stream)? {
         b'S' => {
-            let mut block = vec![0; BLOCK];
-            let mut total = 0_u64;
-            loop {
-                match stream.read(&mut block)? {
-                    0 => break,
-                    n => total += n as u64,
-                }
-            }
+            echo(&mut stream)?;
+            let total = swallow(&mut stream, || true)?;
             stream.write_all(&total.to_be_bytes())
         }
-        _ => {
+        b'G' => {
+            echo(&mut stream)?;
             let block = vec![7; BLOCK];
             loop {
                 stream.write_all(&block)?;
             }
         }
+        _ => loop {
+            echo(&mut stream)?;
+        },
     }
 }
 
-/// Request and answer in turn on `connections` connections.
-///
-/// # Errors
-/// A connection failed or answered wrongly.
-pub fn echo(target: SocketAddr, connections: usize, time: Duration) -> Result<Figures> {
-    let stop = AtomicBool::new(false);
-    let started = Instant::now();
-    let mut all = in_threads(connections, &stop, time, || {
-        let mut stream = connect(target, b'E')?;
-        let mut took = Vec::with_capacity(1 << 16);
-        let mut message = [0; MESSAGE];
-        let mut number = 0_u64;
-        while !stop.load(Ordering::Relaxed) {
-            number += 1;
-            message[..8].copy_from_slice(&number.to_be_bytes());
-            let before = Instant::now();
-            stream.write_all(&message)?;
-            stream.read_exact(&mut message)?;
-            took.push(before.elapsed().as_nanos() as u32);
-            ensure!(message[..8] == number.to_be_bytes(), "a message came back wrong");
+/// Reads until the end of the stream, or as long as `more`; how many bytes.
+fn swallow(stream: &mut TcpStream, more: impl Fn() -> bool) -> std::io::Result<u64> {
+    let mut block = vec![0; BLOCK];
+    let mut total = 0;
+    while more() {
+        let n = stream.read(&mut block)? as u64;
+        if n == 0 {
+            break;
         }
-        Ok(took)
-    })?;
-    Ok(timed(&mut all, started.elapsed()))
+        total += n;
+        ARRIVED.fetch_add(n, Ordering::Relaxed);
+    }
+    Ok(total)
 }
 
-/// Connect, one request, close, again and again on `clients` threads.
+/// Runs the load from the host that calls this; `cpu` tells the proxy's processor time so far.
 ///
 /// # Errors
 /// A connection failed or answered wrongly.
-pub fn connect_request_close(
-    target: SocketAddr,
-    clients: usize,
-    time: Duration,
-) -> Result<Figures> {
-    let stop = AtomicBool::new(false);
-    let started = Instant::now();
-    let mut all = in_threads(clients, &stop, time, || {
-        let mut took = Vec::with_capacity(1 << 14);
+pub fn run(load: Load, target: SocketAddr, span: Span, cpu: impl Fn() -> f64) -> Result<Figures> {
+    let clock = Clock::default();
+    match load {
+        Load::Echo(count) => in_threads(count, &clock, span, cpu, || echo(target, &clock)),
+        Load::Connect(count) => in_threads(count, &clock, span, cpu, || connects(target, &clock)),
+        Load::Up(count) => in_threads(count, &clock, span, cpu, || upload(target, &clock)),
+        Load::Down(count) => in_threads(count, &clock, span, cpu, || download(target, &clock)),
+    }
+}
+
+/// What all connections of a load go by.
+#[derive(Default)]
+struct Clock(AtomicU8);
+
+impl Clock {
+    const MEASURED: u8 = 1;
+    const OVER: u8 = 2;
+
+    fn is(&self, phase: u8) -> bool {
+        self.0.load(Ordering::Relaxed) == phase
+    }
+
+    fn set(&self, phase: u8) {
+        self.0.store(phase, Ordering::Relaxed);
+    }
+}
+
+/// A client's connection.
+struct Client {
+    stream: TcpStream,
+    message: [u8; MESSAGE],
+    number: u64,
+}
+
+impl Client {
+    fn connect(target: SocketAddr, mode: u8) -> Result<Self> {
+        let stream = TcpStream::connect_timeout(&target, PATIENCE)
+            .with_context(|| format!("connect to {target}"))?;
+        stream.set_nodelay(true)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_write_timeout(Some(PATIENCE))?;
         let mut message = [1; MESSAGE];
-        while !stop.load(Ordering::Relaxed) {
-            let before = Instant::now();
-            let mut stream = connect(target, b'E')?;
-            stream.write_all(&message)?;
-            stream.read_exact(&mut message)?;
-            drop(stream);
-            took.push(before.elapsed().as_nanos() as u32);
+        message[MODE] = mode;
+        Ok(Self { stream, message, number: 0 })
+    }
+
+    /// One request and its answer.
+    fn exchange(&mut self) -> Result<()> {
+        self.number += 1;
+        self.message[..MODE].copy_from_slice(&self.number.to_be_bytes());
+        let sent = self.message;
+        self.stream.write_all(&sent).context("send a request")?;
+        self.stream.read_exact(&mut self.message).context("receive an answer")?;
+        ensure!(self.message == sent, "a message came back wrong");
+        Ok(())
+    }
+}
+
+/// Nanoseconds of each exchange that began while it counted.
+type Times = Vec<u32>;
+
+fn echo(target: SocketAddr, clock: &Clock) -> Result<Times> {
+    let mut client = Client::connect(target, b'E')?;
+    timed(clock, || client.exchange())
+}
+
+fn connects(target: SocketAddr, clock: &Clock) -> Result<Times> {
+    timed(clock, || Client::connect(target, b'E')?.exchange())
+}
+
+fn timed(clock: &Clock, mut exchange: impl FnMut() -> Result<()>) -> Result<Times> {
+    let mut took = Times::with_capacity(1 << 16);
+    while !clock.is(Clock::OVER) {
+        let counts = clock.is(Clock::MEASURED);
+        let before = Instant::now();
+        exchange()?;
+        if counts {
+            took.push(u32::try_from(before.elapsed().as_nanos()).unwrap_or(u32::MAX));
         }
-        Ok(took)
-    })?;
-    Ok(timed(&mut all, started.elapsed()))
+    }
+    Ok(took)
 }
 
-/// Client to server on `streams` streams; every byte is accounted for.
-///
-/// # Errors
-/// A connection failed, or the server counted other bytes than were sent.
-pub fn upload(target: SocketAddr, streams: usize, time: Duration) -> Result<Figures> {
-    let stop = AtomicBool::new(false);
-    let started = Instant::now();
-    let all = in_threads(streams, &stop, time, || {
-        let mut stream = connect(target, b'S')?;
-        let block = vec![3; BLOCK];
-        let mut sent = 0_u64;
-        while !stop.load(Ordering::Relaxed) {
-            stream.write_all(&block)?;
-            sent += block.len() as u64;
-        }
-        stream.shutdown(Shutdown::Write)?;
-        let mut counted = [0; 8];
-        stream.read_exact(&mut counted)?;
-        ensure!(u64::from_be_bytes(counted) == sent, "the server counted other bytes");
-        Ok(vec![sent])
-    })?;
-    Ok(bulk(&all, started.elapsed()))
+fn upload(target: SocketAddr, clock: &Clock) -> Result<Times> {
+    let mut client = Client::connect(target, b'S')?;
+    client.exchange()?;
+    client.exchange()?;
+    let block = vec![3; BLOCK];
+    let mut sent = 0_u64;
+    while !clock.is(Clock::OVER) {
+        client.stream.write_all(&block).context("send a block")?;
+        sent += block.len() as u64;
+    }
+    client.stream.shutdown(Shutdown::Write)?;
+    let mut counted = [0; 8];
+    client.stream.read_exact(&mut counted).context("receive the count")?;
+    let counted = u64::from_be_bytes(counted);
+    ensure!(counted == sent, "the server counted {counted} bytes of {sent}");
+    Ok(Times::new())
 }
 
-/// Server to client on `streams` streams.
-///
-/// # Errors
-/// A connection failed.
-pub fn download(target: SocketAddr, streams: usize, time: Duration) -> Result<Figures> {
-    let stop = AtomicBool::new(false);
-    let started = Instant::now();
-    let all = in_threads(streams, &stop, time, || {
-        let mut stream = connect(target, b'G')?;
-        let mut block = vec![0; BLOCK];
-        let mut got = 0_u64;
-        while !stop.load(Ordering::Relaxed) {
-            let n = stream.read(&mut block)?;
-            ensure!(n > 0, "the stream ended early");
-            got += n as u64;
-        }
-        Ok(vec![got])
-    })?;
-    Ok(bulk(&all, started.elapsed()))
+fn download(target: SocketAddr, clock: &Clock) -> Result<Times> {
+    let mut client = Client::connect(target, b'G')?;
+    client.exchange()?;
+    client.exchange()?;
+    let more = || !clock.is(Clock::OVER);
+    swallow(&mut client.stream, more).context("receive blocks")?;
+    ensure!(!more(), "the stream ended early");
+    Ok(Times::new())
 }
 
-fn connect(target: SocketAddr, mode: u8) -> Result<TcpStream> {
-    let mut stream = TcpStream::connect(target).with_context(|| format!("connect to {target}"))?;
-    stream.set_nodelay(true)?;
-    stream.set_read_timeout(Some(Duration::from_secs(20)))?;
-    stream.write_all(&[mode])?;
-    Ok(stream)
-}
-
-fn in_threads<T: Send>(
+/// Does `work` on `count` threads and measures it once it is warm.
+fn in_threads(
     count: usize,
-    stop: &AtomicBool,
-    time: Duration,
-    work: impl Fn() -> Result<Vec<T>> + Sync,
-) -> Result<Vec<T>> {
+    clock: &Clock,
+    span: Span,
+    cpu: impl Fn() -> f64,
+    work: impl Fn() -> Result<Times> + Sync,
+) -> Result<Figures> {
     std::thread::scope(|scope| {
         let workers: Vec<_> = (0..count).map(|_| scope.spawn(&work)).collect();
-        std::thread::sleep(time);
-        stop.store(true, Ordering::Relaxed);
-        let mut all = Vec::new();
+        std::thread::sleep(span.warm_up);
+        let arrived = || ARRIVED.load(Ordering::Relaxed);
+        let (begun, bytes, seconds) = (Instant::now(), arrived(), cpu());
+        clock.set(Clock::MEASURED);
+        std::thread::sleep(span.time);
+        let (bytes, seconds) = (arrived() - bytes, cpu() - seconds);
+        let elapsed = begun.elapsed().as_secs_f64();
+        clock.set(Clock::OVER);
+        let mut times = Times::new();
         for worker in workers {
-            all.extend(worker.join().map_err(|_| anyhow::anyhow!("a client panicked"))??);
+            times.extend(worker.join().map_err(|_| anyhow::anyhow!("a client panicked"))??);
         }
-        Ok(all)
+        times.sort_unstable();
+        let at = |share: f64| {
+            let index = (times.len() as f64 * share) as usize;
+            times.get(index).map_or(0.0, |ns| f64::from(*ns) / 1000.0)
+        };
+        Ok(Figures {
+            per_second: times.len() as f64 / elapsed,
+            gbit: bytes as f64 * 8.0 / elapsed / 1e9,
+            p50_us: at(0.5),
+            p99_us: at(0.99),
+            exchanges: times.len(),
+            cpu_seconds: seconds,
+        })
     })
-}
-
-fn timed(nanoseconds: &mut [u32], elapsed: Duration) -> Figures {
-    nanoseconds.sort_unstable();
-    let at = |share: f64| {
-        let index = (nanoseconds.len() as f64 * share) as usize;
-        nanoseconds.get(index).map_or(0.0, |ns| f64::from(*ns) / 1000.0)
-    };
-    Figures {
-        exchanges: nanoseconds.len(),
-        per_second: nanoseconds.len() as f64 / elapsed.as_secs_f64(),
-        p50_us: at(0.5),
-        p99_us: at(0.99),
-        ..Figures::default()
-    }
-}
-
-fn bulk(bytes: &[u64], elapsed: Duration) -> Figures {
-    let total: u64 = bytes.iter().sum();
-    Figures { gbit: total as f64 * 8.0 / elapsed.as_secs_f64() / 1e9, ..Figures::default() }
 }

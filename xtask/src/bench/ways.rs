@@ -1,7 +1,7 @@
 //! The ways from client to server: none in between, our engines, and other proxies.
 
-use std::fs;
-use std::net::{IpAddr, SocketAddr};
+use std::fs::{self, File};
+use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
@@ -10,148 +10,220 @@ use anyhow::{Result, bail, ensure};
 use tempfile::TempDir;
 use tokio::process::{Child, Command};
 
-use crate::lab::Host;
+use super::meter::Meter;
+use crate::lab::Lab;
 use crate::shell::{say, which};
 
-/// Ticks per second of the times in /proc/PID/stat; fixed in the kernel's interface.
-const TICKS: f64 = 100.0;
+/// All ways that can take part, as they are shown.
+pub const NAMES: [&str; 7] = ["direct", "packet", "splice", "copy", "nginx", "haproxy", "envoy"];
+
+/// Those that are not ours.
+pub const PEERS: [&str; 3] = ["nginx", "haproxy", "envoy"];
 
 /// A way to the server.
 pub struct Way {
     /// Its name in the table.
     pub name: &'static str,
+    /// Which of the labs it is in.
+    pub lab: usize,
     /// Where clients connect to.
     pub address: SocketAddr,
-    process: Option<Child>,
-    /// Its configuration, which it may read late.
+    /// Tells what it costs.
+    pub meter: Meter,
+    /// Ended when this is dropped.
+    _process: Option<Child>,
+    /// Its configuration, which it may read late, and its log.
     _folder: Option<TempDir>,
 }
 
-impl Way {
-    /// Processor time so far, of the process and its children.
-    pub fn cpu_seconds(&self) -> f64 {
-        let Some(pid) = self.process.as_ref().and_then(Child::id) else { return 0.0 };
-        let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
-        let children = children.unwrap_or_default();
-        let all = children.split_whitespace().filter_map(|child| child.parse().ok()).chain([pid]);
-        all.map(ticks).sum::<f64>() / TICKS
-    }
-}
-
-/// utime and stime (proc(5), fields 14 and 15).
-fn ticks(pid: u32) -> f64 {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    // The second field is the name, which may hold anything; count from behind it.
-    let fields = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
-    fields.split_whitespace().skip(11).take(2).filter_map(|t| t.parse::<f64>().ok()).sum()
-}
-
-/// Starts every way that was asked for and is there.
+/// Starts every way of `wanted` that is there. `labs` tells where: kernel engines watch every
+/// packet of their node, so they are in a lab of their own and cost the others nothing.
 ///
 /// # Errors
-/// One does not come up, or a name is unknown.
-pub fn start(
-    node: &Host,
-    node_address: IpAddr,
-    origin: SocketAddr,
-    proxy: &Path,
-    only: &[String],
-) -> Result<Vec<Way>> {
-    const NAMES: [&str; 5] = ["direct", "splice", "copy", "nginx", "haproxy"];
-    for name in only {
-        ensure!(NAMES.contains(&name.as_str()), "{name} is none of {}", NAMES.join(", "));
-    }
+/// One does not come up.
+pub fn start(labs: &[(&Lab, &[&'static str])], proxy: &Path, wanted: &[&str]) -> Result<Vec<Way>> {
     let mut ways = Vec::new();
-    for (port, name) in (7001..).zip(NAMES) {
-        if !only.is_empty() && !only.iter().any(|wanted| wanted == name) {
-            continue;
-        }
-        let address = SocketAddr::new(node_address, port);
-        match name {
-            "direct" => ways.push(Way { name, address: origin, process: None, _folder: None }),
-            "splice" | "copy" => ways.push(ours(node, name, address, origin, proxy)?),
-            _ => match which(name) {
-                Some(program) => ways.push(other(node, name, &program, address, origin)?),
-                None => say(&format!("bench: {name} is not installed and takes no part")),
-            },
+    for (index, (lab, names)) in labs.iter().enumerate() {
+        for (port, name) in (7001..).zip(names.iter().copied()) {
+            if !wanted.contains(&name) {
+                continue;
+            }
+            let started = Starter { lab, index, name, port }.start(proxy)?;
+            ways.extend(started);
         }
     }
+    // As they are shown, not lab by lab.
+    ways.sort_by_key(|way| wanted.iter().position(|name| *name == way.name));
     Ok(ways)
 }
 
-fn ours(
-    node: &Host,
+struct Starter<'a> {
+    lab: &'a Lab,
+    index: usize,
     name: &'static str,
-    address: SocketAddr,
-    origin: SocketAddr,
-    proxy: &Path,
-) -> Result<Way> {
-    let mut command = Command::new(proxy);
-    command.args([
-        format!("--listen-addr={address}"),
-        format!("--upstream-addr={origin}"),
-        format!("--engine={name}"),
-        "--endpoint-mode=off".to_owned(),
-        "--admin-addr=off".to_owned(),
-    ]);
-    launch(node, name, address, command, None)
+    port: u16,
 }
 
-fn other(
-    node: &Host,
-    name: &'static str,
-    program: &Path,
-    address: SocketAddr,
-    origin: SocketAddr,
-) -> Result<Way> {
-    let folder = tempfile::tempdir()?;
-    let file = folder.path().join("conf");
-    let here = folder.path().display();
-    let mut command = Command::new(program);
-    let text = if name == "nginx" {
-        command.arg("-c").arg(&file).args(["-g", "daemon off;"]);
-        // Debian's package has the stream module in a file of its own.
-        let module = Path::new("/usr/lib/nginx/modules/ngx_stream_module.so");
-        let load = match module.exists() {
-            true => format!("load_module {};\n", module.display()),
-            false => String::new(),
-        };
-        format!(
-            "{load}worker_processes auto;\npid {here}/pid;\nerror_log {here}/log;\n\
-             events {{ worker_connections 4096; }}\n\
-             stream {{ server {{ listen {address} reuseport; proxy_pass {origin}; \
-             proxy_half_close on; tcp_nodelay on; }} }}\n"
-        )
-    } else {
-        command.arg("-db").arg("-f").arg(&file);
-        format!(
-            "global\n maxconn 2000\ndefaults\n mode tcp\n timeout connect 5s\n \
-             timeout client 1h\n timeout server 1h\n option splice-auto\n\
-             listen bench\n bind {address}\n server origin {origin}\n"
-        )
-    };
-    fs::write(&file, text)?;
-    launch(node, name, address, command, Some(folder))
-}
-
-/// Starts it on the node and waits until it listens.
-fn launch(
-    node: &Host,
-    name: &'static str,
-    address: SocketAddr,
-    mut command: Command,
-    folder: Option<TempDir>,
-) -> Result<Way> {
-    command.stdout(Stdio::null()).stderr(Stdio::null());
-    let mut process = node.spawn(command)?;
-    let deadline = Instant::now() + Duration::from_secs(5);
-    let listens = move || std::net::TcpStream::connect(address).is_ok();
-    while !node.run(listens)? {
-        if let Some(status) = process.try_wait()? {
-            bail!("{name} ended at once ({status})");
+impl Starter<'_> {
+    /// `None`, and a word, if it is not there.
+    fn start(&self, proxy: &Path) -> Result<Option<Way>> {
+        match self.name {
+            "direct" => Ok(Some(Way {
+                name: self.name,
+                lab: self.index,
+                address: self.origin(),
+                meter: Meter::none(),
+                _process: None,
+                _folder: None,
+            })),
+            "packet" => match self.ours(proxy) {
+                Ok(way) => Ok(Some(way)),
+                Err(error) => {
+                    say(&format!("bench: packet takes no part: {error:#}"));
+                    Ok(None)
+                }
+            },
+            "auto" | "splice" | "copy" => Ok(Some(self.ours(proxy)?)),
+            _ => match which(self.name) {
+                Some(program) => Ok(Some(self.other(&program)?)),
+                None => {
+                    say(&format!("bench: {} is not installed and takes no part", self.name));
+                    Ok(None)
+                }
+            },
         }
-        ensure!(Instant::now() < deadline, "{name} does not listen on {address}");
-        std::thread::sleep(Duration::from_millis(20));
     }
-    Ok(Way { name, address, process: Some(process), _folder: folder })
+
+    fn origin(&self) -> SocketAddr {
+        SocketAddr::new(self.lab.plan.server, self.lab.plan.server_port)
+    }
+
+    fn address(&self) -> SocketAddr {
+        SocketAddr::new(self.lab.plan.node, self.port)
+    }
+
+    fn ours(&self, proxy: &Path) -> Result<Way> {
+        let mut command = Command::new(proxy);
+        command.args([
+            format!("--listen-addr={}", self.address()),
+            format!("--upstream-addr={}", self.origin()),
+            format!("--engine={}", self.name),
+            "--endpoint-mode=off".to_owned(),
+            "--admin-addr=off".to_owned(),
+            "--admin-socket=off".to_owned(),
+            "--bpffs=off".to_owned(),
+        ]);
+        self.launch(command, tempfile::tempdir()?)
+    }
+
+    /// As many workers as cores, as those who run them would have it.
+    fn other(&self, program: &Path) -> Result<Way> {
+        let folder = tempfile::tempdir()?;
+        let file = folder.path().join(if self.name == "envoy" { "conf.json" } else { "conf" });
+        let workers = std::thread::available_parallelism()?.to_string();
+        let mut command = Command::new(program);
+        let text = match self.name {
+            "nginx" => {
+                command.arg("-c").arg(&file).args(["-g", "daemon off;"]);
+                nginx(folder.path(), &workers, self.address(), self.origin())
+            }
+            "haproxy" => {
+                command.arg("-db").arg("-f").arg(&file);
+                haproxy(&workers, self.address(), self.origin())
+            }
+            _ => {
+                command.arg("-c").arg(&file).args(["--concurrency", &workers]);
+                command.args(["--disable-hot-restart", "--log-level", "error"]);
+                envoy(self.address(), self.origin())
+            }
+        };
+        fs::write(&file, text)?;
+        self.launch(command, folder)
+    }
+
+    /// Starts it on the node and waits until it listens.
+    fn launch(&self, mut command: Command, folder: TempDir) -> Result<Way> {
+        let (name, address) = (self.name, self.address());
+        let log = folder.path().join("stderr");
+        command.stdout(Stdio::null()).stderr(File::create(&log)?);
+        let node = &self.lab.node;
+        let mut process = node.spawn(command)?;
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while !node.run(move || TcpStream::connect(address).is_ok())? {
+            if let Some(status) = process.try_wait()? {
+                let told = fs::read_to_string(&log).unwrap_or_default();
+                let told: Vec<&str> = told.lines().take(3).collect();
+                bail!("{name} ended at once ({status}): {}", told.join("; "));
+            }
+            ensure!(Instant::now() < deadline, "{name} does not listen on {address}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(Way {
+            name,
+            lab: self.index,
+            address,
+            meter: Meter::of(process.id()),
+            _process: Some(process),
+            _folder: Some(folder),
+        })
+    }
+}
+
+fn nginx(here: &Path, workers: &str, address: SocketAddr, origin: SocketAddr) -> String {
+    // Debian's package has the stream module in a file of its own.
+    let module = Path::new("/usr/lib/nginx/modules/ngx_stream_module.so");
+    let load = match module.exists() {
+        true => format!("load_module {};\n", module.display()),
+        false => String::new(),
+    };
+    let here = here.display();
+    format!(
+        "{load}worker_processes {workers};\npid {here}/pid;\nerror_log {here}/log;\n\
+         events {{ worker_connections 4096; }}\n\
+         stream {{ server {{ listen {address} reuseport; proxy_pass {origin}; \
+         proxy_half_close on; tcp_nodelay on; }} }}\n"
+    )
+}
+
+fn haproxy(workers: &str, address: SocketAddr, origin: SocketAddr) -> String {
+    format!(
+        "global\n maxconn 2000\n nbthread {workers}\ndefaults\n mode tcp\n timeout connect 5s\n \
+         timeout client 1h\n timeout server 1h\n option splice-auto\n\
+         listen bench\n bind {address}\n server origin {origin}\n"
+    )
+}
+
+fn envoy(address: SocketAddr, origin: SocketAddr) -> String {
+    let at = |address: SocketAddr| {
+        serde_json::json!({"socket_address": {
+            "address": address.ip().to_string(),
+            "port_value": address.port(),
+        }})
+    };
+    let relay = serde_json::json!({
+        "name": "envoy.filters.network.tcp_proxy",
+        "typed_config": {
+            "@type":
+                "type.googleapis.com/envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy",
+            "stat_prefix": "bench",
+            "cluster": "origin",
+        },
+    });
+    serde_json::json!({"static_resources": {
+        "listeners": [{
+            "name": "bench",
+            "address": at(address),
+            "filter_chains": [{"filters": [relay]}],
+        }],
+        "clusters": [{
+            "name": "origin",
+            "type": "STATIC",
+            "connect_timeout": "5s",
+            "load_assignment": {
+                "cluster_name": "origin",
+                "endpoints": [{"lb_endpoints": [{"endpoint": {"address": at(origin)}}]}],
+            },
+        }],
+    }})
+    .to_string()
 }

@@ -65,6 +65,7 @@ impl Relay {
             format!("--upstream-addr={upstream}"),
             "--endpoint-mode=off".to_owned(),
             format!("--admin-addr={admin}"),
+            "--admin-socket=off".to_owned(),
             format!("--engine={engine}"),
             "--log-format=json".to_owned(),
         ]);
