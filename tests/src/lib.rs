@@ -10,11 +10,17 @@
 
 pub mod admin;
 pub mod apiserver;
+pub mod facts;
+pub mod forge;
+pub mod lossy;
 pub mod netns;
 pub mod peers;
 pub mod process;
 pub mod proxy;
 pub mod segments;
+pub mod row;
+pub mod script;
 pub mod servers;
+pub mod sniff;
 pub mod stream;
 pub mod wait;

@@ -74,6 +74,12 @@ impl Host {
         }
     }
 
+    /// What the host is called in messages.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// Runs `ip` with `arguments` (separated by spaces) on this host.
     ///
     /// # Panics
@@ -109,13 +115,18 @@ impl Host {
     pub fn join(&self, other: &Host, net: u8) -> Wire {
         let peer = other.thread;
         self.ip(&format!("link add wire{net} type veth peer name wire{net} netns {peer}"));
-        for (host, end) in [(self, 1), (other, 2)] {
-            host.ip(&format!("addr add 10.{net}.0.{end}/24 dev wire{net}"));
-            // Without nodad an address is no use for a second.
-            host.ip(&format!("-6 addr add fd00:{net}::{end}/64 dev wire{net} nodad"));
-            host.ip(&format!("link set wire{net} up"));
-        }
+        self.plug(net, 1);
+        other.plug(net, 2);
         Wire { net }
+    }
+
+    /// Gives this host's device of wire `net` the addresses of its end, and takes it up.
+    #[track_caller]
+    pub(crate) fn plug(&self, net: u8, end: u8) {
+        self.ip(&format!("addr add 10.{net}.0.{end}/24 dev wire{net}"));
+        // Without nodad an address is no use for a second.
+        self.ip(&format!("-6 addr add fd00:{net}::{end}/64 dev wire{net} nodad"));
+        self.ip(&format!("link set wire{net} up"));
     }
 }
 
@@ -135,6 +146,10 @@ pub struct Wire {
 }
 
 impl Wire {
+    pub(crate) fn numbered(net: u8) -> Self {
+        Self { net }
+    }
+
     /// The name of the device at either end.
     #[must_use]
     pub fn device(self) -> String {

@@ -13,6 +13,7 @@ use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, pr
 use serde_json::Value;
 
 use crate::admin::{self, Answer};
+use crate::netns::Host;
 use crate::process::Watched;
 use crate::wait::{BOUND, eventually};
 
@@ -46,6 +47,7 @@ pub struct Launch {
     flags: Vec<String>,
     open_files: Option<u64>,
     hosts: Option<PathBuf>,
+    host: Option<Arc<Host>>,
 }
 
 impl Launch {
@@ -62,7 +64,7 @@ impl Launch {
             "--endpoint-mode=off",
         ];
         let flags = flags.map(str::to_owned).to_vec();
-        Self { flags, open_files: None, hosts: None }.flag("upstream-addr", upstream)
+        Self { flags, open_files: None, hosts: None, host: None }.flag("upstream-addr", upstream)
     }
 
     /// Adds `--name=value`; the last of several wins.
@@ -87,6 +89,13 @@ impl Launch {
         self
     }
 
+    /// Starts it on `host`. Its admin address is asked from there, too.
+    #[must_use]
+    pub fn on(mut self, host: &Arc<Host>) -> Self {
+        self.host = Some(Arc::clone(host));
+        self
+    }
+
     /// Starts it and waits until it listens.
     ///
     /// # Panics
@@ -94,10 +103,17 @@ impl Launch {
     #[track_caller]
     #[must_use]
     pub fn start(&self) -> Proxy {
-        let mut child = self.spawn();
+        let mut child = match &self.host {
+            None => self.spawn(),
+            Some(host) => {
+                let bare = Self { host: None, ..self.clone() };
+                host.run(move || bare.spawn())
+            }
+        };
         let stderr = child.stderr.take().expect("stderr is a pipe");
         let log = Log::follow(stderr);
-        let mut proxy = Proxy { child, log, address: None, admin: None };
+        let host = self.host.clone();
+        let mut proxy = Proxy { child, log, address: None, admin: None, host };
         proxy.admin = proxy.bound("admin listening");
         proxy.address = proxy.bound("listening");
         proxy
@@ -252,6 +268,7 @@ pub struct Proxy {
     log: Arc<Log>,
     address: Option<SocketAddr>,
     admin: Option<SocketAddr>,
+    host: Option<Arc<Host>>,
 }
 
 impl Proxy {
@@ -346,7 +363,12 @@ impl Proxy {
     #[track_caller]
     #[must_use]
     pub fn get(&self, path: &str) -> Answer {
-        admin::get(self.admin(), path).unwrap_or_else(|e| panic!("GET {path}: {e}"))
+        let (admin, wanted) = (self.admin(), path.to_owned());
+        let answer = match &self.host {
+            None => admin::get(admin, path),
+            Some(host) => host.run(move || admin::get(admin, &wanted)),
+        };
+        answer.unwrap_or_else(|e| panic!("GET {path}: {e}"))
     }
 
     /// The sum of a metric's samples that carry all of `labels`; names go without their prefix.

@@ -2,8 +2,8 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use proxy_tests::peers::{Ending, Peer};
-use proxy_tests::servers::{Blackhole, ClosedPort, Upstream};
+use proxy_tests::peers::Ending;
+use proxy_tests::servers::ClosedPort;
 use proxy_tests::wait::eventually;
 
 use crate::setting::{Relayed, Setting};
@@ -11,11 +11,11 @@ use crate::setting::{Relayed, Setting};
 const V4: Ipv4Addr = Ipv4Addr::LOCALHOST;
 const V6: Ipv6Addr = Ipv6Addr::LOCALHOST;
 
-pub fn a_refused_client_is_reset_at_once(at: Setting) {
-    let nobody = ClosedPort::new(at.ip);
+pub fn a_refused_client_is_reset_at_once(at: &Setting) {
+    let nobody = at.closed_port();
     // Would the refusal not end it at once, the test would end before the time-out does.
     let proxy = at.launch(nobody.address()).flag("connect-timeout", "10m").start();
-    let client = Peer::connect(proxy.address());
+    let client = at.connect(&proxy);
     client.expect_reset();
     let ended = proxy.ended();
     assert_eq!(ended.reason, "upstream_refused");
@@ -26,10 +26,10 @@ pub fn a_refused_client_is_reset_at_once(at: Setting) {
     proxy.await_metric("connections_dialling", &[], 0.0);
 }
 
-pub fn a_blackholed_client_is_reset_after_the_time_out(at: Setting) {
-    let hole = Blackhole::new(at.ip);
+pub fn a_blackholed_client_is_reset_after_the_time_out(at: &Setting) {
+    let hole = at.blackhole();
     let proxy = at.launch(hole.address()).flag("connect-timeout", "1s").start();
-    let client = Peer::connect(proxy.address());
+    let client = at.connect(&proxy);
     client.send(b"request");
     client.expect_reset();
     let ended = proxy.ended();
@@ -39,10 +39,10 @@ pub fn a_blackholed_client_is_reset_after_the_time_out(at: Setting) {
     proxy.await_metric("connections_ended_total", &labels, 1.0);
 }
 
-pub fn a_late_server_gets_everything(at: Setting) {
-    let hole = Blackhole::new(at.ip);
+pub fn a_late_server_gets_everything(at: &Setting) {
+    let hole = at.blackhole();
     let proxy = at.launch(hole.address()).flag("connect-timeout", "25s").start();
-    let client = Peer::connect(proxy.address());
+    let client = at.connect(&proxy);
     client.send_stream(1, 20_000);
     proxy.await_metric("connections_dialling", &[], 1.0);
     let upstream = hole.answer();
@@ -54,11 +54,11 @@ pub fn a_late_server_gets_everything(at: Setting) {
     server.expect_eof();
 }
 
-pub fn a_client_that_leaves_while_dialling_is_noticed(at: Setting) {
-    let hole = Blackhole::new(at.ip);
+pub fn a_client_that_leaves_while_dialling_is_noticed(at: &Setting) {
+    let hole = at.blackhole();
     let proxy = at.launch(hole.address()).flag("connect-timeout", "10m").start();
-    let silent = Peer::connect(proxy.address());
-    let talking = Peer::connect(proxy.address());
+    let silent = at.connect(&proxy);
+    let talking = at.connect(&proxy);
     talking.send(b"request");
     proxy.await_metric("connections_dialling", &[], 2.0);
     silent.reset();
@@ -69,36 +69,37 @@ pub fn a_client_that_leaves_while_dialling_is_noticed(at: Setting) {
 }
 
 /// A server process that is killed resets its connections and refuses new ones.
-pub fn a_server_that_dies_takes_its_connections_along(at: Setting) {
+pub fn a_server_that_dies_takes_its_connections_along(at: &Setting) {
     let Relayed { proxy, upstream, client, server } = at.relayed();
     client.send(b"request");
     server.receive(b"request");
     server.send_stream(1, 100_000);
-    let nobody = upstream.close();
+    let nobody = at.close(upstream);
     server.reset();
     assert_eq!(client.receive_until_end(1).1, Ending::Reset);
     assert_eq!(proxy.ended_of(client.address()).reason, "server_reset");
-    let late = Peer::connect(proxy.address());
+    let late = at.connect(&proxy);
     late.expect_reset();
     assert_eq!(proxy.ended_of(late.address()).reason, "upstream_refused");
     // And it comes back.
     let upstream = nobody.open();
-    let client = Peer::connect(proxy.address());
+    let client = at.connect(&proxy);
     client.send(b"again");
     upstream.accept().receive(b"again");
 }
 
-pub fn a_name_is_resolved(at: Setting) {
+pub fn a_name_is_resolved(at: &Setting) {
     // The name may have addresses of both families; the other one has no listener, surely.
-    let other_ip: IpAddr = if at.ip.is_ipv4() { V6.into() } else { V4.into() };
     let (upstream, _nobody) = eventually("a port free in both families", || {
-        let upstream = Upstream::new(at.ip);
-        let other = SocketAddr::new(other_ip, upstream.address().port());
-        Some((upstream, ClosedPort::try_bind(other).ok()?))
+        let upstream = at.upstream();
+        let used = upstream.address();
+        let other: IpAddr = if used.is_ipv4() { V6.into() } else { V4.into() };
+        let nobody = ClosedPort::try_bind(SocketAddr::new(other, used.port())).ok()?;
+        Some((upstream, nobody))
     });
     let port = upstream.address().port();
     let proxy = at.launch(format_args!("localhost:{port}")).start();
-    let client = Peer::connect(proxy.address());
+    let client = at.connect(&proxy);
     client.send(b"by name");
     let server = upstream.accept();
     server.receive(b"by name");
@@ -108,9 +109,9 @@ pub fn a_name_is_resolved(at: Setting) {
     assert_eq!(proxy.ended().upstream, Some(upstream.address().to_string()));
 }
 
-pub fn a_name_that_does_not_resolve(at: Setting) {
+pub fn a_name_that_does_not_resolve(at: &Setting) {
     let proxy = at.launch("nowhere.invalid:6443").flag("connect-timeout", "20s").start();
-    let client = Peer::connect(proxy.address());
+    let client = at.connect(&proxy);
     client.expect_reset();
     assert_eq!(proxy.ended().reason, "upstream_unresolved");
     let labels = [("engine", "none"), ("reason", "upstream_unresolved")];

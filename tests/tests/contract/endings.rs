@@ -1,14 +1,13 @@
 //! An orderly end of one direction: it passes through, only after all bytes before it, and the
 //! other direction goes on.
 
-use proxy_tests::peers::{Ending, Peer, backlog_bound, both};
-use proxy_tests::servers::Blackhole;
+use proxy_tests::peers::{Ending, Peer, both};
 use proxy_tests::stream::Stream;
 
-use crate::setting::{Relayed, Setting, Side, connect};
+use crate::setting::{Relayed, Setting, Side};
 
 /// `side` sends a request and FIN; the other answers with 10 MB and single bytes.
-fn half_close(at: Setting, side: Side) {
+fn half_close(at: &Setting, side: Side) {
     let (proxy, ending, other) = at.relayed().seen_from(side);
     let request = || {
         ending.send_stream(1, 1_000_000);
@@ -28,19 +27,19 @@ fn half_close(at: Setting, side: Side) {
     assert_eq!((first, second), (1_000_000, 10_000_500));
 }
 
-pub fn half_close_from_client_keeps_the_other_direction(at: Setting) {
+pub fn half_close_from_client_keeps_the_other_direction(at: &Setting) {
     half_close(at, Side::Client);
 }
 
-pub fn half_close_from_server_keeps_the_other_direction(at: Setting) {
+pub fn half_close_from_server_keeps_the_other_direction(at: &Setting) {
     half_close(at, Side::Server);
 }
 
-pub fn an_end_waits_for_all_bytes_before_a_slow_reader(at: Setting) {
+pub fn an_end_waits_for_all_bytes_before_a_slow_reader(at: &Setting) {
     for side in Side::BOTH {
         let (proxy, writer, reader) = at.relayed().seen_from(side);
         reader.shrink_buffers();
-        let sent = writer.fill(1, backlog_bound());
+        let sent = writer.fill(1, at.backlog_bound());
         writer.finish();
         // The other direction is not held up by the one that is full.
         reader.send(b"meanwhile");
@@ -54,11 +53,11 @@ pub fn an_end_waits_for_all_bytes_before_a_slow_reader(at: Setting) {
 }
 
 /// A closed socket is the kernel's alone, which forgets one whose peer does not read for a minute.
-pub fn a_connection_lives_until_its_last_byte_has_left(at: Setting) {
+pub fn a_connection_lives_until_its_last_byte_has_left(at: &Setting) {
     for side in Side::BOTH {
         let (proxy, writer, reader) = at.relayed().seen_from(side);
         reader.shrink_buffers();
-        let sent = writer.fill(1, backlog_bound());
+        let sent = writer.fill(1, at.backlog_bound());
         writer.finish();
         reader.finish();
         writer.expect_eof();
@@ -83,7 +82,7 @@ pub fn a_connection_lives_until_its_last_byte_has_left(at: Setting) {
     }
 }
 
-pub fn both_directions_end_at_once_with_bytes_under_way(at: Setting) {
+pub fn both_directions_end_at_once_with_bytes_under_way(at: &Setting) {
     let (proxy, upstream) = at.start();
     const LEN: u64 = 300_000;
     let exchange = |peer: &Peer, out, back| {
@@ -96,7 +95,7 @@ pub fn both_directions_end_at_once_with_bytes_under_way(at: Setting) {
         );
     };
     for _ in 0..50 {
-        let (client, server) = connect(&proxy, &upstream);
+        let (client, server) = at.pair(&proxy, &upstream);
         both(|| exchange(&client, 1, 2), || exchange(&server, 2, 1));
     }
     for ended in proxy.access_log(50) {
@@ -105,7 +104,7 @@ pub fn both_directions_end_at_once_with_bytes_under_way(at: Setting) {
     }
 }
 
-pub fn a_connection_without_bytes_ends_cleanly(at: Setting) {
+pub fn a_connection_without_bytes_ends_cleanly(at: &Setting) {
     for side in Side::BOTH {
         let (proxy, first, second) = at.relayed().seen_from(side);
         first.finish();
@@ -118,13 +117,13 @@ pub fn a_connection_without_bytes_ends_cleanly(at: Setting) {
     }
 }
 
-pub fn a_client_gone_before_the_server_accepts(at: Setting) {
+pub fn a_client_gone_before_the_server_accepts(at: &Setting) {
     let (proxy, upstream) = at.start();
-    let silent = Peer::connect(proxy.address());
+    let silent = at.connect(&proxy);
     drop(silent);
     upstream.accept().expect_eof();
 
-    let talking = Peer::connect(proxy.address());
+    let talking = at.connect(&proxy);
     talking.send_stream(1, 50_000);
     drop(talking);
     let server = upstream.accept();
@@ -135,7 +134,7 @@ pub fn a_client_gone_before_the_server_accepts(at: Setting) {
     assert_eq!(ended.iter().map(|e| e.bytes_up).sum::<u64>(), 50_000);
 }
 
-pub fn a_server_that_closes_at_once(at: Setting) {
+pub fn a_server_that_closes_at_once(at: &Setting) {
     let Relayed { proxy, client, server, .. } = at.relayed();
     drop(server);
     client.expect_eof();
@@ -144,10 +143,10 @@ pub fn a_server_that_closes_at_once(at: Setting) {
 }
 
 /// What `nc -N` and HTTP/1.0 clients do: FIN behind the request is no farewell.
-pub fn a_request_that_ends_while_dialling_is_still_served(at: Setting) {
-    let hole = Blackhole::new(at.ip);
+pub fn a_request_that_ends_while_dialling_is_still_served(at: &Setting) {
+    let hole = at.blackhole();
     let proxy = at.launch(hole.address()).flag("connect-timeout", "25s").start();
-    let client = Peer::connect(proxy.address());
+    let client = at.connect(&proxy);
     client.send(b"request");
     client.finish();
     proxy.await_metric("connections_dialling", &[], 1.0);

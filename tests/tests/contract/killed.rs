@@ -4,13 +4,12 @@ use std::io::ErrorKind::ConnectionReset;
 use std::sync::Barrier;
 use std::thread;
 
-use proxy_tests::peers::{Ending, Peer, backlog_bound};
-use proxy_tests::servers::Blackhole;
+use proxy_tests::peers::{Ending, Peer};
 use proxy_tests::stream::Stream;
 
 use crate::setting::{Relayed, Setting, Side};
 
-pub fn while_idle(at: Setting) {
+pub fn while_idle(at: &Setting) {
     let Relayed { mut proxy, client, server, .. } = at.relayed();
     client.send(b"hello");
     server.receive(b"hello");
@@ -21,7 +20,7 @@ pub fn while_idle(at: Setting) {
     server.expect_reset();
 }
 
-pub fn in_the_middle_of_transfers(at: Setting) {
+pub fn in_the_middle_of_transfers(at: &Setting) {
     const SOME: u64 = 2_000_000;
     let Relayed { mut proxy, client, server, .. } = at.relayed();
     let well_on_its_way = Barrier::new(3);
@@ -50,7 +49,7 @@ pub fn in_the_middle_of_transfers(at: Setting) {
     });
 }
 
-pub fn after_one_direction_ended(at: Setting) {
+pub fn after_one_direction_ended(at: &Setting) {
     for side in Side::BOTH {
         let (mut proxy, ended, other) = at.relayed().seen_from(side);
         ended.send_stream(1, 1_000);
@@ -64,11 +63,11 @@ pub fn after_one_direction_ended(at: Setting) {
     }
 }
 
-pub fn while_a_reader_is_stalled(at: Setting) {
+pub fn while_a_reader_is_stalled(at: &Setting) {
     for side in Side::BOTH {
         let (mut proxy, writer, reader) = at.relayed().seen_from(side);
         reader.shrink_buffers();
-        let sent = writer.fill(1, backlog_bound());
+        let sent = writer.fill(1, at.backlog_bound());
         proxy.kill9();
         writer.expect_reset();
         let (received, ending) = reader.receive_until_end(1);
@@ -77,11 +76,11 @@ pub fn while_a_reader_is_stalled(at: Setting) {
 }
 
 /// The writer has said that this is all, and the reader must not be told so before it has all.
-pub fn with_an_end_still_behind_the_backlog(at: Setting) {
+pub fn with_an_end_still_behind_the_backlog(at: &Setting) {
     for side in Side::BOTH {
         let (mut proxy, writer, reader) = at.relayed().seen_from(side);
         reader.shrink_buffers();
-        let sent = writer.fill(1, backlog_bound());
+        let sent = writer.fill(1, at.backlog_bound());
         writer.finish();
         reader.send(b"x");
         writer.receive(b"x");
@@ -93,7 +92,7 @@ pub fn with_an_end_still_behind_the_backlog(at: Setting) {
 }
 
 /// All bytes lie in the server's own buffer, and are still not the whole.
-pub fn before_the_server_read_anything(at: Setting) {
+pub fn before_the_server_read_anything(at: &Setting) {
     let Relayed { mut proxy, client, server, .. } = at.relayed();
     client.send_stream(1, 10_000);
     server.await_unread(10_000);
@@ -102,10 +101,10 @@ pub fn before_the_server_read_anything(at: Setting) {
     assert_eq!(server.receive_until_end(1), (10_000, Ending::Reset));
 }
 
-pub fn while_dialling(at: Setting) {
-    let hole = Blackhole::new(at.ip);
+pub fn while_dialling(at: &Setting) {
+    let hole = at.blackhole();
     let mut proxy = at.launch(hole.address()).flag("connect-timeout", "25s").start();
-    let client = Peer::connect(proxy.address());
+    let client = at.connect(&proxy);
     client.send(b"hello?");
     proxy.await_metric("connections_dialling", &[], 1.0);
     proxy.kill9();

@@ -3,40 +3,24 @@
 //! One client, the proxy, one server; the test holds both ends and is as nasty as peers get.
 //! The list at the bottom is the contract in short; an engine is added to it by one line.
 
+#[macro_use]
+mod setting;
+
 mod dialling;
 mod endings;
 mod killed;
 mod resets;
-mod setting;
 mod stalls;
 mod streams;
 mod upstreams;
 mod urgent;
 
-/// Makes each of the tests once per engine and family, such as
-/// `splice_v4::one_byte_at_a_time_both_ways`.
-macro_rules! contract {
-    ({ $($name:ident: $engine:literal, $ip:literal;)* } $tests:tt) => {
-        $(contract!(@module $name, $engine, $ip, $tests);)*
-    };
-    (@module $name:ident, $engine:literal, $ip:literal, { $($topic:ident::$test:ident,)* }) => {
-        mod $name {
-            $(
-                #[test]
-                fn $test() {
-                    crate::$topic::$test(crate::setting::Setting::new($engine, $ip));
-                }
-            )*
-        }
-    };
-}
-
 contract! {
     {
-        copy_v4: "copy", "127.0.0.1";
-        copy_v6: "copy", "::1";
-        splice_v4: "splice", "127.0.0.1";
-        splice_v6: "splice", "::1";
+        copy_v4: Setting::on_loopback("copy", V4);
+        copy_v6: Setting::on_loopback("copy", V6);
+        splice_v4: Setting::on_loopback("splice", V4);
+        splice_v6: Setting::on_loopback("splice", V6);
     }
     {
         // Every byte arrives once and in order, each way.

@@ -2,11 +2,11 @@
 
 use std::io::ErrorKind::{BrokenPipe, ConnectionReset};
 
-use proxy_tests::peers::{Ending, backlog_bound, both};
+use proxy_tests::peers::{Ending, both};
 
-use crate::setting::{Setting, Side, connect};
+use crate::setting::{Setting, Side};
 
-pub fn before_any_byte(at: Setting) {
+pub fn before_any_byte(at: &Setting) {
     for side in Side::BOTH {
         let (proxy, resetting, other) = at.relayed().seen_from(side);
         // A server that resets earlier still counts as one that refused.
@@ -17,7 +17,7 @@ pub fn before_any_byte(at: Setting) {
     }
 }
 
-pub fn in_the_middle_of_a_transfer(at: Setting) {
+pub fn in_the_middle_of_a_transfer(at: &Setting) {
     for side in Side::BOTH {
         let (proxy, writer, reader) = at.relayed().seen_from(side);
         both(
@@ -34,7 +34,7 @@ pub fn in_the_middle_of_a_transfer(at: Setting) {
     }
 }
 
-pub fn from_a_reader_in_the_middle_of_a_transfer(at: Setting) {
+pub fn from_a_reader_in_the_middle_of_a_transfer(at: &Setting) {
     for side in Side::BOTH {
         let (proxy, reader, writer) = at.relayed().seen_from(side);
         both(
@@ -53,7 +53,7 @@ pub fn from_a_reader_in_the_middle_of_a_transfer(at: Setting) {
     }
 }
 
-pub fn after_its_own_end(at: Setting) {
+pub fn after_its_own_end(at: &Setting) {
     for side in Side::BOTH {
         let (proxy, resetting, other) = at.relayed().seen_from(side);
         resetting.send(b"all there is");
@@ -66,7 +66,7 @@ pub fn after_its_own_end(at: Setting) {
     }
 }
 
-pub fn after_the_end_of_the_other_side(at: Setting) {
+pub fn after_the_end_of_the_other_side(at: &Setting) {
     for side in Side::BOTH {
         let (proxy, resetting, other) = at.relayed().seen_from(side);
         other.send(b"all there is");
@@ -81,11 +81,11 @@ pub fn after_the_end_of_the_other_side(at: Setting) {
 
 /// The writer leaves while what it wrote is stuck behind a reader that does not read: the proxy
 /// waits for room there, and must notice all the same.
-pub fn while_the_other_side_is_stalled(at: Setting) {
+pub fn while_the_other_side_is_stalled(at: &Setting) {
     for side in Side::BOTH {
         let (proxy, writer, reader) = at.relayed().seen_from(side);
         reader.shrink_buffers();
-        let sent = writer.fill(1, backlog_bound());
+        let sent = writer.fill(1, at.backlog_bound());
         writer.reset();
         assert_eq!(proxy.ended().reason, side.reset());
         reader.expect_reset_unread();
@@ -96,11 +96,11 @@ pub fn while_the_other_side_is_stalled(at: Setting) {
     }
 }
 
-pub fn from_the_stalled_side(at: Setting) {
+pub fn from_the_stalled_side(at: &Setting) {
     for side in Side::BOTH {
         let (proxy, reader, writer) = at.relayed().seen_from(side);
         reader.shrink_buffers();
-        let _ = writer.fill(1, backlog_bound());
+        let _ = writer.fill(1, at.backlog_bound());
         reader.reset();
         writer.expect_reset();
         assert_eq!(proxy.ended().reason, side.reset());
@@ -108,7 +108,7 @@ pub fn from_the_stalled_side(at: Setting) {
 }
 
 /// `close` looks like an orderly end until more bytes come for the one that closed.
-pub fn by_a_peer_that_closed_while_bytes_were_on_their_way(at: Setting) {
+pub fn by_a_peer_that_closed_while_bytes_were_on_their_way(at: &Setting) {
     for side in Side::BOTH {
         let (proxy, closing, other) = at.relayed().seen_from(side);
         drop(closing);
@@ -119,13 +119,12 @@ pub fn by_a_peer_that_closed_while_bytes_were_on_their_way(at: Setting) {
     }
 }
 
-/// `close` with bytes unread makes the kernel send RST instead of FIN.
 /// As when a server refuses a large request early: its answer, then RST for what it did not read.
-pub fn an_answer_right_before_it_arrives(at: Setting) {
+pub fn an_answer_right_before_it_arrives(at: &Setting) {
     const ANSWER: u64 = 5_000;
     let (proxy, upstream) = at.start();
     for _ in 0..30 {
-        let (client, server) = connect(&proxy, &upstream);
+        let (client, server) = at.pair(&proxy, &upstream);
         let request = || {
             let _ = client.send_until_error(1);
         };
@@ -140,7 +139,8 @@ pub fn an_answer_right_before_it_arrives(at: Setting) {
     }
 }
 
-pub fn by_a_peer_that_closed_with_bytes_unread(at: Setting) {
+/// `close` with bytes unread makes the kernel send RST instead of FIN.
+pub fn by_a_peer_that_closed_with_bytes_unread(at: &Setting) {
     for side in Side::BOTH {
         let (proxy, closing, other) = at.relayed().seen_from(side);
         other.send_stream(1, 1_000);

@@ -4,20 +4,19 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use proxy_tests::netns::Host;
-use proxy_tests::peers::{Peer, backlog_bound, both, fill_all};
+use proxy_tests::peers::{Peer, both, fill_all};
 use proxy_tests::process::need_open_files;
 
-use crate::setting::{Setting, Side, connect};
+use crate::setting::{Setting, Side};
 
 const MIB: u64 = 1 << 20;
 
-pub fn a_stalled_reader_slows_the_writer_and_loses_nothing(at: Setting) {
+pub fn a_stalled_reader_slows_the_writer_and_loses_nothing(at: &Setting) {
     for side in Side::BOTH {
         let (proxy, writer, reader) = at.relayed().seen_from(side);
         writer.shrink_buffers();
         reader.shrink_buffers();
-        let sent = writer.fill(1, backlog_bound());
+        let sent = writer.fill(1, at.backlog_bound());
         let memory = proxy.process().resident_memory();
         assert!(memory < 64 * MIB, "the proxy's own memory is {memory} bytes");
         // The other way is open all the time.
@@ -29,9 +28,9 @@ pub fn a_stalled_reader_slows_the_writer_and_loses_nothing(at: Setting) {
     }
 }
 
-pub fn both_directions_stalled_at_once(at: Setting) {
+pub fn both_directions_stalled_at_once(at: &Setting) {
     let (proxy, client, server) = at.relayed().seen_from(Side::Client);
-    let sent = fill_all(&[&client, &server], 1, 2 * backlog_bound());
+    let sent = fill_all(&[&client, &server], 1, 2 * at.backlog_bound());
     server.receive_stream(1, sent[0]);
     client.receive_stream(1, sent[1]);
     client.finish();
@@ -42,19 +41,9 @@ pub fn both_directions_stalled_at_once(at: Setting) {
     assert_eq!((ended.bytes_up, ended.bytes_down), (sent[0], sent[1]));
 }
 
-/// A host on which a stalled connection holds well under 1 MiB of kernel memory: with the usual
-/// limits, hundreds of them would use up the TCP memory of the whole machine, and what then slows
-/// down is the kernel.
-fn frugal_host() -> Host {
-    let host = Host::new("frugal");
-    host.sysctl("ipv4.tcp_rmem", "4096 131072 196608");
-    host.sysctl("ipv4.tcp_wmem", "4096 16384 196608");
-    host
-}
-
 /// Connections whose reader does not read, the server in one half of them, the client in the
 /// other, each filled until nothing moves.
-fn stalled(pairs: &[(Peer, Peer)]) -> Vec<(&Peer, u64)> {
+fn stalled<'a>(at: &Setting, pairs: &'a [(Peer, Peer)]) -> Vec<(&'a Peer, u64)> {
     for (client, server) in pairs {
         client.shrink_buffers();
         server.shrink_buffers();
@@ -64,22 +53,19 @@ fn stalled(pairs: &[(Peer, Peer)]) -> Vec<(&Peer, u64)> {
         if number.is_multiple_of(2) { (client, server) } else { (server, client) }
     };
     let (writers, readers): (Vec<_>, Vec<_>) = (0..pairs.len()).map(ends).unzip();
-    let sent = fill_all(&writers, 1, backlog_bound());
+    let sent = fill_all(&writers, 1, at.backlog_bound());
     readers.into_iter().zip(sent).collect()
 }
 
-pub fn fifty_stalled_connections_cost_no_memory(at: Setting) {
-    frugal_host().run(move || fifty_stalled(at));
-}
-
-fn fifty_stalled(at: Setting) {
+pub fn fifty_stalled_connections_cost_no_memory(at: &Setting) {
+    let at = at.frugal();
     let (proxy, upstream) = at.start();
-    let (client, server) = connect(&proxy, &upstream);
+    let (client, server) = at.pair(&proxy, &upstream);
     // What the first transfer needs once and for all is not theirs.
     both(|| client.send_stream(2, 5_000_000), || server.receive_stream(2, 5_000_000));
     let before = proxy.process().resident_memory();
-    let pairs: Vec<_> = (0..50).map(|_| connect(&proxy, &upstream)).collect();
-    let stalled = stalled(&pairs);
+    let pairs: Vec<_> = (0..50).map(|_| at.pair(&proxy, &upstream)).collect();
+    let stalled = stalled(&at, &pairs);
     let grown = proxy.process().resident_memory().saturating_sub(before);
     assert!(grown < 8 * MIB, "50 stalled connections cost {grown} bytes");
     for (reader, sent) in stalled {
@@ -88,17 +74,14 @@ fn fifty_stalled(at: Setting) {
 }
 
 /// More of them than there are pipes, buffers or whatever else an engine shares.
-pub fn three_hundred_stalled_connections_do_not_starve_a_healthy_one(at: Setting) {
-    frugal_host().run(move || three_hundred_stalled(at));
-}
-
-fn three_hundred_stalled(at: Setting) {
+pub fn three_hundred_stalled_connections_do_not_starve_a_healthy_one(at: &Setting) {
     const STALLED: usize = 300;
+    let at = at.frugal();
     need_open_files(2 * STALLED as u64 + 200);
     let (proxy, upstream) = at.start();
-    let pairs: Vec<_> = (0..STALLED).map(|_| connect(&proxy, &upstream)).collect();
-    let stalled = stalled(&pairs);
-    let (client, server) = connect(&proxy, &upstream);
+    let pairs: Vec<_> = (0..STALLED).map(|_| at.pair(&proxy, &upstream)).collect();
+    let stalled = stalled(&at, &pairs);
+    let (client, server) = at.pair(&proxy, &upstream);
     for round in 0..20 {
         client.send_stream(round, 100);
         server.receive_stream(round, 100);

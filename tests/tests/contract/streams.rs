@@ -7,14 +7,14 @@ use proxy_tests::peers::{Peer, both};
 use proxy_tests::process::need_open_files;
 use proxy_tests::stream::Dice;
 
-use crate::setting::{Relayed, Setting, connect};
+use crate::setting::{Relayed, Setting};
 
 const UP: u64 = 1;
 const DOWN: u64 = 2;
 
 /// Lets `send` run at both ends while both receive `len` bytes; then ends both directions and
 /// checks what the proxy counted.
-fn transfer(at: Setting, len: u64, send: impl Fn(&Peer, u64, u64) + Sync) {
+fn transfer(at: &Setting, len: u64, send: impl Fn(&Peer, u64, u64) + Sync) {
     let Relayed { proxy, client, server, .. } = at.relayed();
     thread::scope(|threads| {
         threads.spawn(|| send(&client, UP, len));
@@ -32,19 +32,19 @@ fn transfer(at: Setting, len: u64, send: impl Fn(&Peer, u64, u64) + Sync) {
     assert_eq!(ended.engine.as_deref(), Some(at.engine));
 }
 
-pub fn two_hundred_megabytes_each_way_at_once(at: Setting) {
+pub fn two_hundred_megabytes_each_way_at_once(at: &Setting) {
     transfer(at, 200_000_000, |peer, seed, len| peer.send_stream(seed, len));
 }
 
-pub fn writes_of_every_size_both_ways(at: Setting) {
+pub fn writes_of_every_size_both_ways(at: &Setting) {
     transfer(at, 20_000_000, |peer, seed, len| peer.send_in_random_sizes(seed, len));
 }
 
-pub fn one_byte_at_a_time_both_ways(at: Setting) {
+pub fn one_byte_at_a_time_both_ways(at: &Setting) {
     transfer(at, 20_000, |peer, seed, len| peer.send_byte_by_byte(seed, len));
 }
 
-pub fn ping_pong(at: Setting) {
+pub fn ping_pong(at: &Setting) {
     let Relayed { proxy: _proxy, client, server, .. } = at.relayed();
     client.no_delay();
     server.no_delay();
@@ -69,7 +69,7 @@ pub fn ping_pong(at: Setting) {
 }
 
 /// An engine that moves small and large amounts in different ways changes between them here.
-pub fn bulk_and_single_bytes_by_turns(at: Setting) {
+pub fn bulk_and_single_bytes_by_turns(at: &Setting) {
     let Relayed { proxy: _proxy, client, server, .. } = at.relayed();
     let turns: u64 = 40;
     let write = |peer: &Peer, seed| {
@@ -92,12 +92,12 @@ pub fn bulk_and_single_bytes_by_turns(at: Setting) {
     });
 }
 
-pub fn a_thousand_connections_at_once(at: Setting) {
+pub fn a_thousand_connections_at_once(at: &Setting) {
     const CONNECTIONS: usize = 1_000;
     const WORKERS: usize = 4;
     need_open_files(2 * CONNECTIONS as u64 + 200);
     let (proxy, upstream) = at.start();
-    let pairs: Vec<_> = (0..CONNECTIONS).map(|_| connect(&proxy, &upstream)).collect();
+    let pairs: Vec<_> = (0..CONNECTIONS).map(|_| at.pair(&proxy, &upstream)).collect();
     proxy.await_metric("connections_relaying", &[("engine", at.engine)], CONNECTIONS as f64);
     let all_sent = Barrier::new(WORKERS);
     let exchange = |share: &[(Peer, Peer)], first: u64| {
@@ -129,7 +129,7 @@ pub fn a_thousand_connections_at_once(at: Setting) {
     proxy.await_metric("connections_relaying", &[], 0.0);
 }
 
-pub fn the_server_speaks_first(at: Setting) {
+pub fn the_server_speaks_first(at: &Setting) {
     let Relayed { proxy: _proxy, client, server, .. } = at.relayed();
     server.send(b"220 ready");
     client.receive(b"220 ready");

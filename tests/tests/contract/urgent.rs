@@ -7,14 +7,14 @@ use proxy_tests::proxy::Proxy;
 use crate::setting::{Setting, Side};
 
 /// A proxy, and a connection with `side`'s peer first.
-fn pair(at: Setting, side: Side) -> (Proxy, Peer, Peer) {
+fn pair(at: &Setting, side: Side) -> (Proxy, Peer, Peer) {
     let (proxy, writer, reader) = at.relayed().seen_from(side);
     // An engine may pass the mark on; then this keeps the byte in its place.
     reader.take_urgent_inline();
     (proxy, writer, reader)
 }
 
-pub fn an_urgent_byte_arrives_in_its_place(at: Setting) {
+pub fn an_urgent_byte_arrives_in_its_place(at: &Setting) {
     for side in Side::BOTH {
         let (_proxy, writer, reader) = pair(at, side);
         writer.send(b"before ");
@@ -30,7 +30,7 @@ pub fn an_urgent_byte_arrives_in_its_place(at: Setting) {
     }
 }
 
-pub fn urgent_bytes_in_the_middle_of_bulk(at: Setting) {
+pub fn urgent_bytes_in_the_middle_of_bulk(at: &Setting) {
     const TURNS: u64 = 30;
     for side in Side::BOTH {
         let (proxy, writer, reader) = pair(at, side);
@@ -58,7 +58,7 @@ pub fn urgent_bytes_in_the_middle_of_bulk(at: Setting) {
 
 /// The urgent byte waits at the proxy behind so much that an engine is in its stride when it comes
 /// to it, and then nothing, or the end, follows.
-pub fn an_urgent_byte_behind_queued_bulk(at: Setting) {
+pub fn an_urgent_byte_behind_queued_bulk(at: &Setting) {
     for side in Side::BOTH {
         for (bulk, ends) in [(120_000, false), (120_000, true), (65_536, false), (65_536, true)] {
             let (proxy, writer, reader) = pair(at, side);
@@ -81,7 +81,7 @@ pub fn an_urgent_byte_behind_queued_bulk(at: Setting) {
 }
 
 /// Nothing follows the urgent byte, neither bytes nor an end, that would push it out.
-pub fn a_lone_urgent_byte_is_not_held_back(at: Setting) {
+pub fn a_lone_urgent_byte_is_not_held_back(at: &Setting) {
     for side in Side::BOTH {
         let (_proxy, writer, reader) = pair(at, side);
         writer.send(b"abc");
@@ -101,7 +101,7 @@ pub fn a_lone_urgent_byte_is_not_held_back(at: Setting) {
     }
 }
 
-pub fn an_urgent_byte_right_before_the_end(at: Setting) {
+pub fn an_urgent_byte_right_before_the_end(at: &Setting) {
     for side in Side::BOTH {
         for bulk in [0, 1, 200_000] {
             let (proxy, writer, reader) = pair(at, side);
