@@ -35,6 +35,9 @@ pub const MARK_FIN_ACKED: u8 = 1 << 1;
 /// [`Half::marks`]: this end sent a RST that the other one must accept.
 pub const MARK_RESET: u8 = 1 << 2;
 
+/// [`Half::marks`]: this end's FIN came before the other's.
+pub const MARK_FIRST: u8 = 1 << 3;
+
 /// Where a tuple leads: value of the map of flows.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

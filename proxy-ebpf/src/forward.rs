@@ -15,7 +15,7 @@ use aya_ebpf::helpers::{
 };
 use proxy_common::{
     Counter, EVENT_CLOSED, EVENT_RESET, EVENT_TOO_BIG, Event, FlowRef, HOOK_INGRESS, Half,
-    MARK_FIN, MARK_FIN_ACKED, MARK_RESET, OptionsBuffer, PHASE_LIVE, Record, flags,
+    MARK_FIN, MARK_FIN_ACKED, MARK_FIRST, MARK_RESET, OptionsBuffer, PHASE_LIVE, Record, flags,
 };
 
 use crate::headers::{self, IPV4_HEADER, IPV6_HEADER, Segment, TCP_HEADER};
@@ -64,6 +64,10 @@ pub fn forward(skb: *mut __sk_buff, segment: &Segment, slot: u32, tag: u32) -> i
     };
     // SAFETY: the context is the kernel's, alive for the whole run of the program.
     let buffer = unsafe { &mut *skb };
+    // The entry may have been given to another connection while it was being read.
+    if half.remote != segment.tuple.source || half.local != segment.tuple.destination {
+        return TC_ACT_UNSPEC;
+    }
     let device = buffer.ifindex;
     if buffer.vlan_present != 0 {
         // Not for this device, but for a VLAN device on it, where it will come by again.
@@ -176,7 +180,7 @@ fn follow(segment: &Segment, half: &mut Half, other: &mut Half) -> u8 {
     }
     if fin != 0 && half.marks & MARK_FIN == 0 {
         half.fin = end;
-        half.marks |= MARK_FIN;
+        half.marks |= if other.marks & MARK_FIN == 0 { MARK_FIN | MARK_FIRST } else { MARK_FIN };
     }
     if other.marks & (MARK_FIN | MARK_FIN_ACKED) == MARK_FIN && !is_before(acknowledged, other.fin)
     {

@@ -29,7 +29,11 @@ static STAGES: ProgramArray = ProgramArray::with_max_entries(4, 0);
 
 /// Tuples of switched connections, as their segments arrive.
 #[map]
-static FLOWS: HashMap<Tuple, FlowRef> = HashMap::with_max_entries(32768, 0);
+static FLOWS: HashMap<Tuple, FlowRef> =
+    HashMap::with_max_entries(32768, BPF_F_NO_PREALLOC);
+
+/// See `linux/bpf.h`: memory for entries that are there, not for all that fit.
+const BPF_F_NO_PREALLOC: u32 = 1;
 
 /// What is done to the segments of each; the loader has it mapped into its memory.
 #[map]

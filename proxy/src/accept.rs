@@ -49,9 +49,8 @@ pub fn bind(address: ListenAddr) -> io::Result<TcpListener> {
 }
 
 /// Accepts clients until draining begins, and then once more those that the kernel has already
-/// let in: closing the listener would reset them.
-pub async fn run(listener: TcpListener, shared: Arc<Shared>, max_connections: usize) {
-    let places = Arc::new(Semaphore::new(max_connections));
+/// let in: closing the listener would reset them. Each client takes one of the `places`.
+pub async fn run(listener: TcpListener, shared: Arc<Shared>, places: Arc<Semaphore>) {
     let drain = shared.limits.drain.clone();
     let listener = match Socket::new(listener.into()) {
         Ok(listener) => listener,

@@ -9,24 +9,30 @@ use std::panic::PanicHookInfo;
 use std::pin::pin;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context;
 use tokio::runtime::{Builder, Runtime};
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 use tracing::{error, info, warn};
 
 use crate::config::{Config, EndpointMode};
 use crate::drain::Drain;
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, Refresh};
+use crate::packet::{self, Packet};
 use crate::readiness::Readiness;
-use crate::relay::{Counters, Limits, PipePool};
+use crate::relay::{Counters, Limits, PipePool, Reason, Wish};
 use crate::session::Shared;
 use crate::upstream::Upstream;
 use crate::{accept, admin, control, endpoints, logging};
 
 /// Descriptors beside those of connections: listeners, pipes, epoll, log, API client.
 const OTHER_DESCRIPTORS: u64 = 512;
+
+/// How often a drain looks whether connections that only this process keeps alive have ended.
+const SETTLED_LOOK: Duration = Duration::from_millis(100);
 
 /// Runs the proxy until a signal ends it. Exit status 0 after a clean drain, 1 if it could not
 /// start or if connections had to be cut.
@@ -79,6 +85,7 @@ pub struct App {
     _admin_socket: Option<control::SocketName>,
     drain: Drain,
     metrics: Arc<Metrics>,
+    packet: Option<Arc<Packet>>,
     accepting: JoinHandle<()>,
     signals: Signals,
     data: Runtime,
@@ -107,11 +114,20 @@ impl App {
 
         let drain = Drain::default();
         let timeout = config.connect_timeout;
-        let upstream = Upstream::new(&config.upstream, timeout, listening, Arc::clone(&metrics));
+        let places = Arc::new(Semaphore::new(config.max_connections));
+        let packet = start_packet(config, listening, &places, &metrics, &side)?;
+        let upstream = Upstream::new(
+            &config.upstream,
+            timeout,
+            listening,
+            packet.clone(),
+            Arc::clone(&metrics),
+        );
         let upstream = Arc::new(upstream);
         let readiness = Readiness::new(drain.watcher(), Arc::clone(&upstream));
         let shared = Shared {
             wish: config.engine,
+            packet: packet.clone(),
             upstream,
             limits: Limits {
                 pipes: Arc::new(PipePool::new(Arc::clone(&metrics))),
@@ -122,14 +138,20 @@ impl App {
             metrics: Arc::clone(&metrics),
         };
         metrics.describe_process(config.engine, config.engine.decide())?;
-        let accepting = data.spawn(accept::run(listener, Arc::new(shared), config.max_connections));
+        let accepting = data.spawn(accept::run(listener, Arc::new(shared), places));
         readiness.listening();
         if let Some(listener) = admin_listener {
             side.spawn(admin::serve(listener, Arc::clone(&metrics), readiness.clone()));
         }
         let admin_socket = config.admin_socket.as_deref().and_then(control::open);
         let admin_socket = admin_socket.map(|(listener, name)| {
-            side.spawn(control::serve(listener, Arc::new(control::Empty)));
+            let connections: Arc<dyn control::Connections> = match &packet {
+                Some(packet) => {
+                    Arc::new(packet::Handle(Arc::clone(packet), side.handle().clone()))
+                }
+                None => Arc::new(control::Empty),
+            };
+            side.spawn(control::serve(listener, connections));
             name
         });
         if config.endpoints.mode != EndpointMode::Off {
@@ -142,6 +164,7 @@ impl App {
             _admin_socket: admin_socket,
             drain,
             metrics,
+            packet,
             accepting,
             signals,
             data,
@@ -170,6 +193,7 @@ impl App {
     fn run_to_end(mut self, config: &Config) -> anyhow::Result<ExitCode> {
         let (drain, signals) = (&self.drain, &mut self.signals);
         let accepting = &mut self.accepting;
+        let packet = self.packet.clone().filter(|packet| !packet.is_pinned());
         let clean = self.data.block_on(async {
             let name = signals.next().await;
             drain.begin();
@@ -179,6 +203,10 @@ impl App {
                 // Whom the kernel has let in becomes a session before the last one can end.
                 let _ = accepting.await;
                 drain.drained().await;
+                // Pinned, they go on without us.
+                while packet.as_ref().is_some_and(|packet| packet.live() > 0) {
+                    tokio::time::sleep(SETTLED_LOOK).await;
+                }
             });
             tokio::select! {
                 biased;
@@ -190,14 +218,53 @@ impl App {
                     warn!(signal = name, connections = drain.live(), "second signal: resetting");
                 }
             }
-            let clean = drain.live() == 0;
+            let clean = drain.live() == 0 && packet.is_none();
             drain.cut();
+            if let Some(packet) = &packet {
+                packet.kill_all(Reason::Cut.as_label());
+            }
             drained.await;
             clean
         });
         info!(clean, "ended");
         self.side.shutdown_background();
         Ok(if clean { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    }
+}
+
+/// Starts the engine of the kernel, if it was asked for and can work here.
+fn start_packet(
+    config: &Config,
+    listening: SocketAddr,
+    places: &Arc<Semaphore>,
+    metrics: &Arc<Metrics>,
+    side: &Runtime,
+) -> anyhow::Result<Option<Arc<Packet>>> {
+    if !config.engine.may_switch() {
+        return Ok(None);
+    }
+    let _entered = side.enter();
+    let started = Packet::start(
+        &config.packet,
+        listening,
+        config.max_connections,
+        Arc::clone(places),
+        Arc::clone(metrics),
+    );
+    match started {
+        Ok((packet, news)) => {
+            side.spawn(packet::ends::run(Arc::clone(&packet), news, config.idle_timeout));
+            let reader = Arc::clone(&packet);
+            let refresh = Refresh(Box::new(move || reader.refresh_metrics()));
+            let _ = metrics.refresh.set(refresh);
+            Ok(Some(packet))
+        }
+        Err(error) if config.engine == Wish::Auto => {
+            let hint = "`steward-tcp-proxy check` names what is missing";
+            info!(reason = format!("{error:#}"), hint, "no relaying in the kernel; engine splice");
+            Ok(None)
+        }
+        Err(error) => Err(error.context("engine packet cannot work here")),
     }
 }
 

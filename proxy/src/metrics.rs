@@ -3,6 +3,8 @@
 //! Label values come from `as_label()` functions of the types they describe, never from Debug
 //! output, so that a renamed variant cannot break a dashboard.
 
+use std::sync::OnceLock;
+
 use prometheus::{
     Encoder, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
     IntGaugeVec, Opts, Registry, TextEncoder,
@@ -59,6 +61,27 @@ pub struct Metrics {
     pub endpoint_rival: IntGauge,
     /// 1 while draining.
     pub draining: IntGauge,
+    /// Time of a switch to the packet engine.
+    pub packet_switch: Histogram,
+    /// Attempts that left a connection in userspace, by reason.
+    pub packet_ineligible: IntCounterVec,
+    /// Devices that had lost the programs and got them again.
+    pub packet_reattached: IntCounter,
+    /// Segments of switched connections to which something unusual happened.
+    pub packet_oddities: IntCounterVec,
+    /// How many more connections can be switched.
+    pub packet_room: IntGauge,
+    /// Called before the metrics are read.
+    pub refresh: OnceLock<Refresh>,
+}
+
+/// Reads what others count for us.
+pub struct Refresh(pub Box<dyn Fn() + Send + Sync>);
+
+impl std::fmt::Debug for Refresh {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Refresh")
+    }
 }
 
 #[derive(Default)]
@@ -186,6 +209,29 @@ impl Metrics {
                 "1 while another writer keeps undoing our endpoints, else 0.",
             )?,
             draining: make.gauge("draining", "1 from SIGTERM on, else 0.")?,
+            packet_switch: make.add(Histogram::with_opts(Maker::histogram(
+                "packet_switch_duration_seconds",
+                "Time from the decision to hand a connection to the kernel until its sockets are closed.",
+            )))?,
+            packet_ineligible: make.counters(
+                "packet_ineligible_total",
+                "Attempts to hand a connection to the kernel that left it in userspace, by reason.",
+                &["reason"],
+            )?,
+            packet_reattached: make.counter(
+                "packet_reattachments_total",
+                "Devices that had lost our kernel programs, or on which they were no longer first, and got them again.",
+            )?,
+            packet_oddities: make.counters(
+                "packet_segments_total",
+                "Segments of switched connections that were not simply passed on, by what happened.",
+                &["what"],
+            )?,
+            packet_room: make.gauge(
+                "packet_room",
+                "Connections that can still be handed to the kernel.",
+            )?,
+            refresh: OnceLock::new(),
             names: make.names.into_inner(),
             registry: make.registry,
         })
@@ -209,6 +255,9 @@ impl Metrics {
     /// # Errors
     /// A metric cannot be encoded (none of ours can fail to be).
     pub fn encode(&self) -> prometheus::Result<Vec<u8>> {
+        if let Some(Refresh(refresh)) = self.refresh.get() {
+            refresh();
+        }
         let mut text = Vec::new();
         TextEncoder::new().encode(&self.registry.gather(), &mut text)?;
         Ok(text)

@@ -1,13 +1,467 @@
 //! Engine `packet`: established connections relayed by the kernel, segment by segment.
+//!
+//! A connection begins like any other: accepted, dialled, relayed through userspace. Once it has
+//! lived for a moment, [`switch`] looks for an instant in which nothing is in our hands, and from
+//! then on tc programs rewrite each segment and send it on: both ends have one TCP conversation
+//! with each other, and no socket, thread or memory of this process has a part in it.
+//!
+//! - [`object`]: the programs, their maps and pins; [`table`]: the records of switched connections
+//! - [`paths`]: devices that carry the programs ([`devices`], [`attach`]) and ways ([`routes`])
+//! - [`eligible`]: whether two connections can be joined; [`switch`]: how it is done
+//! - [`ends`]: what happens to a switched connection later; [`inject`]: segments in its name
+//! - [`ports`], [`conntrack`]: that nobody else gets what a switched connection uses
 
 pub mod attach;
 pub mod conntrack;
 pub mod devices;
 pub mod eligible;
+pub mod ends;
 pub mod grace;
 pub mod inject;
 pub mod netlink;
+pub mod object;
+pub mod paths;
 pub mod ports;
 pub mod routes;
+pub mod switch;
 pub mod table;
 pub mod tcp;
+
+use std::collections::{HashMap, HashSet};
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context as _, Result};
+use aya::Ebpf;
+use aya::maps::{MapData, PerCpuArray, RingBuf};
+use proxy_common::{
+    Counter, Half, PHASE_SETTLED, Record, SERVER, Seen, Tuple, WATCH_LOCAL,
+    WATCH_REMOTE,
+};
+use rustix::io::Errno;
+use socket2::{SockAddr, SockRef};
+use tokio::io::unix::AsyncFd;
+use tokio::sync::Semaphore;
+
+use crate::config::PacketConfig;
+use crate::control::{Connections, Row, Which};
+use crate::metrics::Metrics;
+use crate::relay::Moment;
+use conntrack::Conntrack;
+use eligible::Ineligible;
+use grace::Grace;
+use inject::{Injector, Segment};
+use netlink::Watch;
+use object::{Object, Watched};
+use paths::Paths;
+use ports::{Port, PortPool};
+use table::{Slot, Table};
+
+/// When a connection is looked at: short ones end before either. Connect-request-close takes well
+/// under a millisecond on a fast network, and a `kubectl get` with its TLS handshake some ten.
+pub const FIRST_LOOK: Moment = Moment { after: Duration::from_millis(20), bytes: 256 * 1024 };
+
+/// How long after an attempt that may succeed later.
+pub const NEXT_LOOK: Duration = Duration::from_millis(500);
+
+/// Attempts for one connection. What is still busy after so many is left alone.
+pub const LOOKS: u32 = 6;
+
+/// Original destinations that clients may teach us to watch.
+const LEARNED: usize = 256;
+
+/// The engine.
+pub struct Packet {
+    table: Table,
+    grace: Grace,
+    ports: PortPool,
+    injector: Injector,
+    max_rtt: Duration,
+    seen: Mutex<aya::maps::HashMap<MapData, Tuple, Seen>>,
+    watched: Mutex<(Watched, HashSet<SocketAddr>)>,
+    machinery: Mutex<Machinery>,
+    conntrack: Mutex<Option<Conntrack>>,
+    /// Names that switched connections have only behind address translation.
+    guards: Mutex<HashMap<u32, Tuple>>,
+    counters: PerCpuArray<MapData, u64>,
+    metrics: Arc<Metrics>,
+    places: Arc<Semaphore>,
+    is_pinned: bool,
+}
+
+struct Machinery {
+    ebpf: Ebpf,
+    paths: Paths,
+}
+
+/// What [`ends::run`] waits on.
+pub struct News {
+    events: AsyncFd<RingBuf<MapData>>,
+    watch: Watch,
+}
+
+impl std::fmt::Debug for Packet {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Packet").field("is_pinned", &self.is_pinned).finish_non_exhaustive()
+    }
+}
+
+impl Packet {
+    /// Loads and attaches everything, and takes over what an earlier process has switched. Must
+    /// be called from within a runtime.
+    ///
+    /// # Errors
+    /// What the kernel or missing privileges do not allow: the engine cannot work at all then.
+    pub fn start(
+        config: &PacketConfig,
+        listening: SocketAddr,
+        max_connections: usize,
+        places: Arc<Semaphore>,
+        metrics: Arc<Metrics>,
+    ) -> Result<(Arc<Self>, News)> {
+        let grace = Grace::start().context("membarrier(2)")?;
+        let injector = Injector::new().context("raw sockets (capability NET_RAW)")?;
+        // Opened before devices and routes are looked at, so that no change falls in between.
+        let watch = Watch::open().context("netlink")?;
+        let connections = u32::try_from(max_connections).unwrap_or(u32::MAX).max(16);
+        let object = Object::load(config.bpffs.as_deref(), connections)?;
+        let Object { mut ebpf, table, events, seen, watched, counters, pins, guard } = object;
+        let note = pins.as_ref().map(|_| std::path::Path::new("/run/steward-tcp-proxy/ports"));
+        let ports = PortPool::reserve(note.filter(|note| note.parent().is_some_and(|p| p.exists())))
+            .context("local ports")?;
+        let paths = Paths::open(&mut ebpf, pins.as_deref()).context("attaching to devices")?;
+        // The guard works as long as it is held.
+        std::mem::forget(guard);
+        let packet = Arc::new(Self {
+            table,
+            grace,
+            ports,
+            injector,
+            max_rtt: config.max_rtt,
+            seen: Mutex::new(seen),
+            watched: Mutex::new((watched, HashSet::new())),
+            machinery: Mutex::new(Machinery { ebpf, paths }),
+            conntrack: Mutex::new(Conntrack::open().unwrap_or_default()),
+            guards: Mutex::default(),
+            counters,
+            metrics,
+            places,
+            is_pinned: pins.is_some(),
+        });
+        packet.watch(listening, WATCH_LOCAL);
+        packet.take_over();
+        Ok((packet, News { events, watch }))
+    }
+
+    /// Connections that an earlier process has switched are ours from here on; what it left half
+    /// done is ended.
+    fn take_over(&self) {
+        for slot in self.table.in_use() {
+            match self.table.read(slot) {
+                Some(record) if record.phase == PHASE_SETTLED => {
+                    self.ports.claim(record.halves[SERVER].local.port);
+                    if let Ok(place) = self.places.try_acquire() {
+                        place.forget();
+                    }
+                    self.count_live(1);
+                }
+                Some(record) => {
+                    self.table.unlink(slot, None);
+                    self.reset_both(&record);
+                    self.table.reuse([slot]);
+                }
+                None => self.table.reuse([slot]),
+            }
+        }
+    }
+
+    /// Whether switched connections outlive this process.
+    #[must_use]
+    pub fn is_pinned(&self) -> bool {
+        self.is_pinned
+    }
+
+    /// Switched connections.
+    #[must_use]
+    pub fn live(&self) -> usize {
+        self.table.in_use().len()
+    }
+
+    fn table(&self) -> &Table {
+        &self.table
+    }
+
+    fn grace(&self) -> &Grace {
+        &self.grace
+    }
+
+    fn max_rtt(&self) -> Duration {
+        self.max_rtt
+    }
+
+    /// The handshake of the connection that `from` opened.
+    fn seen(&self, from: SocketAddr, to: SocketAddr) -> Option<Seen> {
+        let tuple = Tuple { source: from.into(), destination: to.into() };
+        lock(&self.seen).get(&tuple, 0).ok()
+    }
+
+    /// Has the programs keep handshakes with `end`.
+    fn watch(&self, end: SocketAddr, role: u32) {
+        let mut watched = lock(&self.watched);
+        let (map, known) = &mut *watched;
+        if known.len() < LEARNED && known.insert(end) {
+            // A full map means that its connections are not switched; nothing else.
+            let _ = map.add(end, role);
+        }
+    }
+
+    /// Has handshakes with an upstream address kept, and gives the socket that will be connected
+    /// to it a port that nobody else uses while the connection lives on without a socket.
+    pub fn prepare_upstream(&self, socket: &SockRef<'_>, address: SocketAddr) -> Option<Port> {
+        self.watch(address, WATCH_REMOTE);
+        // Some ports are taken by others who asked for them by number.
+        for _ in 0..4 {
+            let port = self.ports.take()?;
+            let any = match address {
+                SocketAddr::V4(_) => SocketAddr::from(([0; 4], port.number())),
+                SocketAddr::V6(_) => SocketAddr::from(([0; 16], port.number())),
+            };
+            // Without it a port whose last connection is in TIME_WAIT could not be bound.
+            socket.set_reuse_address(true).ok()?;
+            match socket.bind(&SockAddr::from(any)) {
+                Ok(()) => return Some(port),
+                Err(error) if error.raw_os_error() == Some(Errno::ADDRINUSE.raw_os_error()) => {}
+                Err(_) => return None,
+            }
+        }
+        None
+    }
+
+    /// One end as the record has it: where its segments arrive, and where those to it leave.
+    fn half(&self, peer: SocketAddr, local: SocketAddr, seen: &Seen) -> Result<Half, Ineligible> {
+        let mut machinery = lock(&self.machinery);
+        let paths = &mut machinery.paths;
+        if paths.has_ipsec() {
+            return Err(Ineligible::Ipsec);
+        }
+        // Link-local addresses mean something else on each device.
+        let is_link_local = match peer.ip() {
+            std::net::IpAddr::V4(ip) => ip.is_link_local(),
+            std::net::IpAddr::V6(ip) => ip.is_unicast_link_local(),
+        };
+        if is_link_local || !paths.is_fit(seen.ifindex) {
+            return Err(Ineligible::Device);
+        }
+        let hop = paths.towards(peer.ip(), local.ip()).ok_or(Ineligible::Device)?;
+        Ok(Half {
+            remote: peer.into(),
+            local: local.into(),
+            family: if peer.is_ipv4() { 4 } else { 6 },
+            mtu: u16::try_from(hop.mtu).unwrap_or(0),
+            in_ifindex: seen.ifindex,
+            out_ifindex: hop.ifindex,
+            ..Half::default()
+        })
+    }
+
+    fn note_guard(&self, slot: Slot, guard: Option<Tuple>) {
+        if let Some(tuple) = guard {
+            lock(&self.guards).insert(slot.index, tuple);
+        }
+    }
+
+    fn note_switched(&self, took: Duration) {
+        self.metrics.packet_switch.observe(took.as_secs_f64());
+        self.count_live(1);
+    }
+
+    fn count_live(&self, change: i64) {
+        self.metrics.relaying.with_label_values(&["packet"]).add(change);
+    }
+
+    /// Counts a connection that stays in userspace, by reason.
+    pub fn note_ineligible(&self, reason: Ineligible) {
+        self.metrics.packet_ineligible.with_label_values(&[reason.as_label()]).inc();
+    }
+
+    /// The switch failed after rewriting had begun: both ends are reset.
+    fn abandon(self: &Arc<Self>, slot: Slot) {
+        if let Some(record) = self.table.read(slot) {
+            self.release(slot);
+            self.reset_both(&record);
+        }
+    }
+
+    /// The connection is over: its tuples and its slot are free for others, once no program can
+    /// be at work on them any more.
+    fn release(self: &Arc<Self>, slot: Slot) {
+        let guard = lock(&self.guards).remove(&slot.index);
+        self.table.unlink(slot, guard);
+        let packet = Arc::clone(self);
+        tokio::spawn(async move {
+            if packet.grace.pass().await {
+                packet.table.reuse([slot]);
+            }
+        });
+    }
+
+    /// Ends a settled connection's bookkeeping.
+    fn retire(self: &Arc<Self>, slot: Slot, record: &Record) {
+        self.release(slot);
+        self.ports.give_back(record.halves[SERVER].local.port);
+        self.places.add_permits(1);
+        if let Some(conntrack) = &mut *lock(&self.conntrack) {
+            let [client, server] = &record.halves;
+            for (source, destination) in
+                [(client.remote, client.local), (server.local, server.remote)]
+            {
+                let tuple =
+                    conntrack::Tuple { source: source.into(), destination: destination.into() };
+                let _ = conntrack.delete(tuple);
+            }
+        }
+    }
+
+    /// RST to both ends, with the numbers that they expect. Where an end has moved on meanwhile, it
+    /// asks back, and the stack, which knows the connection no more, answers with the right one.
+    fn reset_both(&self, record: &Record) {
+        for half in &record.halves {
+            let _ = self.injector.reset(&Segment {
+                source: half.local.into(),
+                destination: half.remote.into(),
+                sequence: half.acked,
+                acknowledgement: half.sent,
+                window: 0,
+                timestamps: None,
+            });
+        }
+    }
+
+    /// Resets a connection.
+    fn kill(self: &Arc<Self>, slot: Slot, reason: &'static str) -> bool {
+        let Some(record) = self.table.read(slot).filter(|record| record.phase == PHASE_SETTLED)
+        else {
+            return false;
+        };
+        self.retire(slot, &record);
+        self.reset_both(&record);
+        self.tell_end(&record, reason);
+        true
+    }
+
+    /// Resets all switched connections.
+    pub fn kill_all(self: &Arc<Self>, reason: &'static str) -> usize {
+        self.table.in_use().into_iter().filter(|slot| self.kill(*slot, reason)).count()
+    }
+
+    fn tell_end(&self, record: &Record, reason: &'static str) {
+        self.count_live(-1);
+        let [client, server] = &record.halves;
+        crate::session::log_switched(
+            &self.metrics,
+            client.remote.into(),
+            server.remote.into(),
+            (client.bytes, server.bytes),
+            Duration::from_millis(now_ms().saturating_sub(record.accepted_ms)),
+            reason,
+        );
+    }
+
+    /// Looks at devices and routes again, and corrects the records of connections whose way has
+    /// changed.
+    fn refresh(&self) {
+        let mut machinery = lock(&self.machinery);
+        let Machinery { ebpf, paths } = &mut *machinery;
+        match paths.refresh(ebpf) {
+            Ok(changes) => {
+                self.metrics.packet_reattached.inc_by(changes.lost as u64);
+            }
+            Err(error) => return tracing::warn!(%error, "devices cannot be listed"),
+        }
+        for slot in self.table.in_use() {
+            let Some(record) = self.table.read(slot) else { continue };
+            for (side, half) in record.halves.iter().enumerate() {
+                let (peer, local): (SocketAddr, SocketAddr) =
+                    (half.remote.into(), half.local.into());
+                if let Some(hop) = paths.towards(peer.ip(), local.ip()) {
+                    let mtu = u16::try_from(hop.mtu).unwrap_or(0);
+                    self.table.set_way(slot, side, hop.ifindex, mtu);
+                }
+            }
+        }
+    }
+
+    /// Reads the programs' counters.
+    fn count(&self, counter: Counter) -> u64 {
+        self.counters.get(&(counter as u32), 0).map(|values| values.iter().sum()).unwrap_or(0)
+    }
+
+    /// Brings the metrics up to what the programs have counted. To be called before they are read.
+    pub fn refresh_metrics(&self) {
+        for (label, counter) in [
+            ("guarded", Counter::Guarded),
+            ("misplaced", Counter::Misplaced),
+            ("unfit", Counter::Unfit),
+            ("too_big", Counter::TooBig),
+            ("event_lost", Counter::EventLost),
+        ] {
+            let metric = self.metrics.packet_oddities.with_label_values(&[label]);
+            metric.inc_by(self.count(counter).saturating_sub(metric.get()));
+        }
+        self.metrics.packet_room.set(i64::try_from(self.table.room()).unwrap_or(i64::MAX));
+    }
+}
+
+/// The engine for those who ask about its connections.
+#[derive(Debug, Clone)]
+pub struct Handle(pub Arc<Packet>, pub tokio::runtime::Handle);
+
+impl Connections for Handle {
+    fn list(&self) -> Vec<Row> {
+        let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+        let now_ns = now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64;
+        let slots = self.0.table.in_use().into_iter();
+        let rows = slots.filter_map(|slot| {
+            let record = self.0.table.read(slot)?;
+            let [client, server] = &record.halves;
+            let seen = client.seen_ns.max(server.seen_ns);
+            let age = now_ms().saturating_sub(record.accepted_ms) as f64 / 1e3;
+            (record.phase == PHASE_SETTLED).then(|| Row {
+                id: slot.to_string(),
+                client: client.remote.into(),
+                upstream: server.remote.into(),
+                engine: "packet",
+                age_seconds: age,
+                idle_seconds: match seen {
+                    0 => age,
+                    seen => now_ns.saturating_sub(seen) as f64 / 1e9,
+                },
+                bytes_up: client.bytes,
+                bytes_down: server.bytes,
+            })
+        });
+        rows.collect()
+    }
+
+    fn kill(&self, which: &Which) -> usize {
+        let _entered = self.1.enter();
+        let rows = self.list().into_iter();
+        let meant = rows.filter(|row| which.covers(&row.id, row.client));
+        meant
+            .filter_map(|row| row.id.parse().ok())
+            .filter(|slot| self.0.kill(*slot, "killed"))
+            .count()
+    }
+}
+
+/// Milliseconds since 1970.
+#[must_use]
+pub fn now_ms() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

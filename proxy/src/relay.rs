@@ -3,14 +3,15 @@
 //! Three types keep them apart: what the user wishes ([`Wish`]), what was decided for one pair of
 //! sockets ([`Engine`]) and how a relay ended ([`End`]), which is the same for every engine.
 
-mod copy;
+pub(crate) mod copy;
 mod pump;
 mod splice;
 
 use std::fmt;
 use std::str::FromStr;
 
-pub use pump::{Counters, Limits, run};
+pub use pump::{Counters, Limits, Moment, Outcome, run};
+pub(crate) use pump::fault;
 pub use splice::PipePool;
 
 /// What the user asks for.
@@ -29,11 +30,13 @@ pub enum Engine {
     Copy,
     /// Pages through a pipe for bulk, [`Engine::Copy`] for small messages.
     Splice,
+    /// Whole segments, rewritten in the kernel; begins as [`Engine::Splice`].
+    Packet,
 }
 
 impl Engine {
     /// Every engine, slowest first; the contract suite runs against each.
-    pub const ALL: [Self; 2] = [Self::Copy, Self::Splice];
+    pub const ALL: [Self; 3] = [Self::Copy, Self::Splice, Self::Packet];
 
     /// The name on the command line, in logs and in metrics.
     #[must_use]
@@ -41,6 +44,7 @@ impl Engine {
         match self {
             Self::Copy => "copy",
             Self::Splice => "splice",
+            Self::Packet => "packet",
         }
     }
 }
@@ -55,13 +59,20 @@ impl Wish {
         }
     }
 
-    /// The engine that a connection begins with.
+    /// The engine that a connection begins with. None begins with `packet`: what a connection
+    /// consists of is known only once it is established.
     #[must_use]
     pub fn decide(self) -> Engine {
         match self {
-            Self::Auto => Engine::Splice,
+            Self::Auto | Self::Only(Engine::Packet) => Engine::Splice,
             Self::Only(engine) => engine,
         }
+    }
+
+    /// Whether connections may be handed to `packet`.
+    #[must_use]
+    pub fn may_switch(self) -> bool {
+        matches!(self, Self::Auto | Self::Only(Engine::Packet))
     }
 }
 
@@ -73,10 +84,12 @@ impl FromStr for Wish {
             "auto" => Ok(Self::Auto),
             "copy" => Ok(Self::Only(Engine::Copy)),
             "splice" => Ok(Self::Only(Engine::Splice)),
-            "packet" | "sockmap" | "capture" => Err(format!(
-                "engine {text:?} is planned but not in this release; use auto, splice or copy"
+            "packet" => Ok(Self::Only(Engine::Packet)),
+            "sockmap" | "capture" => Err(format!(
+                "engine {text:?} is planned but not in this release; use auto, packet, splice or \
+                 copy"
             )),
-            _ => Err(format!("{text:?} is none of auto, splice, copy")),
+            _ => Err(format!("{text:?} is none of auto, packet, splice, copy")),
         }
     }
 }
@@ -175,4 +188,13 @@ pub struct End {
     pub bytes_up: u64,
     /// Bytes from the server that the downstream socket took.
     pub bytes_down: u64,
+}
+
+/// Bytes that a relay has moved.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Moved {
+    /// From the client to the server.
+    pub up: u64,
+    /// From the server to the client.
+    pub down: u64,
 }

@@ -4,13 +4,17 @@ use std::future::Future;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::sync::OwnedSemaphorePermit;
 use tracing::info;
 
 use crate::metrics::Metrics;
-use crate::relay::{self, Counters, End, Engine, Limits, Wish};
+use crate::packet::eligible::Ineligible;
+use crate::packet::ports::Port;
+use crate::packet::switch::{self, Attempt};
+use crate::packet::{self, Packet};
+use crate::relay::{self, Counters, End, Engine, Limits, Moment, Moved, Outcome, Wish};
 use crate::socket::{self, Downstream, Socket};
 use crate::upstream::{DialError, Upstream};
 
@@ -19,6 +23,8 @@ use crate::upstream::{DialError, Upstream};
 pub struct Shared {
     /// The engine asked for.
     pub wish: Wish,
+    /// Takes over connections that fit; `None` if it was not asked for or cannot work here.
+    pub packet: Option<Arc<Packet>>,
     /// Where to connect to.
     pub upstream: Arc<Upstream>,
     /// Bounds of a relay.
@@ -38,7 +44,6 @@ pub fn serve(
 ) -> impl Future<Output = ()> + Send {
     let mut record = Record::open(Arc::clone(&shared.metrics), address);
     async move {
-        let _place = &permit;
         // Here and not where it was accepted, so that a reactor without room is told of as well.
         let client = match Socket::new(client) {
             Ok(socket) => Downstream(socket),
@@ -52,9 +57,69 @@ pub fn serve(
         };
         let engine = shared.wish.decide();
         record.relaying(engine, upstream);
-        let end = relay::run(engine, &client, &server, &shared.limits, &shared.counters).await;
-        record.ended(end);
+        let (mut moved, mut looks) = (Moved::default(), shared.packet.is_some());
+        let mut attempts = 0;
+        loop {
+            let pause = looks.then(|| next_look(attempts, moved));
+            let (limits, counters) = (&shared.limits, &shared.counters);
+            match relay::run(engine, &client, &server, limits, counters, moved, pause).await {
+                Outcome::Ended(end) => return record.ended(end),
+                Outcome::Paused(so_far) => moved = so_far,
+            }
+            attempts += 1;
+            // Boxed, like the dial.
+            match Box::pin(switch(&shared, &client, &server, moved, &record)).await {
+                switch::Outcome::Switched(_) => {
+                    // The port stays taken until the connection ends.
+                    server.1.map(Port::keep);
+                    permit.forget();
+                    return record.handed_over();
+                }
+                switch::Outcome::Stays(reason, so_far) => {
+                    moved = so_far;
+                    looks = reason.may_pass() && attempts < packet::LOOKS;
+                }
+                switch::Outcome::Ended(reason, Moved { up, down }) => {
+                    return record.ended(End { reason, bytes_up: up, bytes_down: down });
+                }
+            }
+        }
     }
+}
+
+fn next_look(attempts: u32, moved: Moved) -> Moment {
+    match attempts {
+        0 => packet::FIRST_LOOK,
+        // A transfer that was busy a moment ago will be for a while.
+        _ => Moment { after: packet::NEXT_LOOK, bytes: moved.up + moved.down + (64 << 20) },
+    }
+}
+
+/// Tries to hand the connection to the kernel.
+async fn switch(
+    shared: &Shared,
+    client: &Downstream,
+    server: &socket::Upstream,
+    moved: Moved,
+    record: &Record,
+) -> switch::Outcome {
+    let Some(packet) = &shared.packet else {
+        return switch::Outcome::Stays(Ineligible::Refused, moved);
+    };
+    let age = u64::try_from(record.accepted.elapsed().as_millis()).unwrap_or(0);
+    let attempt = Attempt {
+        packet,
+        client,
+        server,
+        moved,
+        counters: &shared.counters,
+        accepted_ms: packet::now_ms().saturating_sub(age),
+    };
+    let outcome = attempt.run().await;
+    if let switch::Outcome::Stays(reason, _) = &outcome {
+        packet.note_ineligible(*reason);
+    }
+    outcome
 }
 
 /// Connects to the upstream, unless the client is gone or the drain's deadline comes first.
@@ -78,13 +143,14 @@ struct Record {
     relay: Option<(Engine, SocketAddr)>,
     bytes: (u64, u64),
     reason: &'static str,
+    is_handed_over: bool,
 }
 
 impl Record {
     fn open(metrics: Arc<Metrics>, client: SocketAddr) -> Self {
         metrics.dialling.inc();
         let accepted = Instant::now();
-        Self { metrics, client, accepted, relay: None, bytes: (0, 0), reason: "aborted" }
+        Self { metrics, client, accepted, relay: None, bytes: (0, 0), reason: "aborted", is_handed_over: false }
     }
 
     fn relaying(&mut self, engine: Engine, upstream: SocketAddr) {
@@ -99,6 +165,14 @@ impl Record {
         self.reason = end.reason.as_label();
     }
 
+    /// The kernel has the connection now, and another will tell of its end.
+    fn handed_over(mut self) {
+        if let Some((engine, _)) = self.relay {
+            self.metrics.relaying.with_label_values(&[engine.as_label()]).dec();
+        }
+        self.is_handed_over = true;
+    }
+
     fn close(mut self, reason: &'static str) {
         self.reason = reason;
     }
@@ -106,6 +180,9 @@ impl Record {
 
 impl Drop for Record {
     fn drop(&mut self) {
+        if self.is_handed_over {
+            return;
+        }
         let engine = self.relay.map_or("none", |(engine, _)| engine.as_label());
         match self.relay {
             Some(_) => self.metrics.relaying.with_label_values(&[engine]).dec(),
@@ -118,7 +195,7 @@ impl Drop for Record {
             upstream,
             engine,
             self.bytes,
-            self.accepted,
+            self.accepted.elapsed(),
             self.reason,
         );
     }
@@ -126,7 +203,20 @@ impl Drop for Record {
 
 /// A client that was refused before it had a session: the limit was reached.
 pub fn refused(metrics: &Metrics, client: SocketAddr) {
-    log_end(metrics, client, None, "none", (0, 0), Instant::now(), "over_limit");
+    log_end(metrics, client, None, "none", (0, 0), Duration::ZERO, "over_limit");
+}
+
+/// A connection that the kernel relayed to its end.
+pub fn log_switched(
+    metrics: &Metrics,
+    client: SocketAddr,
+    upstream: SocketAddr,
+    bytes: (u64, u64),
+    age: Duration,
+    reason: &'static str,
+) {
+    let engine = Engine::Packet.as_label();
+    log_end(metrics, client, Some(upstream), engine, bytes, age, reason);
 }
 
 fn log_end(
@@ -135,11 +225,11 @@ fn log_end(
     upstream: Option<SocketAddr>,
     engine: &'static str,
     (bytes_up, bytes_down): (u64, u64),
-    accepted: Instant,
+    age: Duration,
     reason: &'static str,
 ) {
     metrics.ended.with_label_values(&[engine, reason]).inc();
-    let duration_ms = accepted.elapsed().as_secs_f64() * 1000.0;
+    let duration_ms = age.as_secs_f64() * 1000.0;
     let upstream = upstream.map_or_else(|| "-".to_owned(), |address| address.to_string());
     info!(
         target: "access",

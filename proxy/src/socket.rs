@@ -18,6 +18,7 @@ use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
+use crate::packet::ports::Port;
 use rustix::net::{RecvFlags, SendFlags};
 use socket2::{Domain, Protocol, SockAddr, SockRef, TcpKeepalive, Type};
 use tokio::io::Interest;
@@ -50,9 +51,18 @@ pub struct Socket {
 #[derive(Debug)]
 pub struct Downstream(pub Socket);
 
-/// The socket towards the server.
+/// The socket towards the server, and its port if that is one that nobody else uses.
 #[derive(Debug)]
-pub struct Upstream(pub Socket);
+pub struct Upstream(pub Socket, pub Option<Port>);
+
+/// The two ends' addresses, IPv4 in its own form.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Addresses {
+    /// Ours.
+    pub local: SocketAddr,
+    /// The peer's.
+    pub peer: SocketAddr,
+}
 
 impl Socket {
     /// Takes over a non-blocking socket.
@@ -68,14 +78,19 @@ impl Socket {
         Ok(Self { fd })
     }
 
-    /// Connects to `address`. Dropping the future gives up the attempt.
+    /// Connects to `address`, after `before` had its way with the socket. Dropping the future gives
+    /// up the attempt.
     ///
     /// # Errors
     /// What the kernel says: ECONNREFUSED, EHOSTUNREACH, ETIMEDOUT, no descriptors, no ports.
-    pub async fn connect(address: SocketAddr) -> io::Result<Self> {
+    pub async fn connect(
+        address: SocketAddr,
+        before: impl FnOnce(&SockRef<'_>),
+    ) -> io::Result<Self> {
         let kind = Type::STREAM.nonblocking();
         let socket = socket2::Socket::new(Domain::for_address(address), kind, Some(Protocol::TCP))?;
         prepare(&SockRef::from(&socket))?;
+        before(&SockRef::from(&socket));
         match socket.connect(&SockAddr::from(address)) {
             Ok(()) => return Self::new(socket.into()),
             Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => {}
@@ -115,6 +130,25 @@ impl Socket {
         let address = SockRef::from(&self.fd).local_addr()?.as_socket();
         let address = address.ok_or(io::ErrorKind::Unsupported)?;
         Ok(address.ip().to_canonical())
+    }
+
+    /// Both ends' addresses.
+    ///
+    /// # Errors
+    /// Those of getsockname(2) and getpeername(2).
+    pub fn addresses(&self) -> io::Result<Addresses> {
+        let socket = SockRef::from(&self.fd);
+        let plain = |address: SockAddr| {
+            let address = address.as_socket().ok_or(io::ErrorKind::Unsupported)?;
+            Ok::<_, io::Error>(SocketAddr::new(address.ip().to_canonical(), address.port()))
+        };
+        Ok(Addresses { local: plain(socket.local_addr()?)?, peer: plain(socket.peer_addr()?)? })
+    }
+
+    /// Whether the peer has sent FIN (and everything before it has arrived).
+    #[must_use]
+    pub fn is_at_end(&self) -> bool {
+        Info::of(self.as_fd()).is_some_and(|info| info.has_ended())
     }
 
     /// Ends when the connection has failed: RST, a time-out, a lost route.
@@ -375,6 +409,13 @@ impl Info {
     #[must_use]
     pub fn is_established(&self) -> bool {
         self.raw[0] == 1
+    }
+
+    /// The peer has sent FIN.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        // TIME_WAIT, CLOSE_WAIT, LAST_ACK, CLOSING (net/tcp_states.h).
+        matches!(self.raw[0], 6 | 8 | 9 | 11)
     }
 
     /// The connection is over (or the socket was never connected).

@@ -14,11 +14,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures::stream::{FuturesUnordered, StreamExt};
+use socket2::SockRef;
 use tokio::time::{Instant, sleep_until, timeout_at};
 use tracing::{debug, error, info, warn};
 
 use crate::config::{Host, HostPort, UpstreamAddrs};
 use crate::metrics::Metrics;
+use crate::packet::Packet;
+use crate::packet::ports::Port;
 use crate::socket;
 
 use names::Name;
@@ -40,6 +43,8 @@ pub struct Upstream {
     connect_timeout: Duration,
     /// Where this proxy itself listens.
     listening: SocketAddr,
+    /// Chooses the local port, if connections may be switched.
+    packet: Option<Arc<Packet>>,
     health: Mutex<Health>,
     probing: tokio::sync::Mutex<()>,
     metrics: Arc<Metrics>,
@@ -103,6 +108,11 @@ impl DialError {
     }
 }
 
+/// The port that was chosen cannot be used for this address now.
+fn is_taken(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EADDRNOTAVAIL | libc::EADDRINUSE))
+}
+
 impl From<&io::Error> for DialError {
     fn from(error: &io::Error) -> Self {
         match error.raw_os_error() {
@@ -132,6 +142,7 @@ impl Upstream {
         addresses: &UpstreamAddrs,
         connect_timeout: Duration,
         listening: SocketAddr,
+        packet: Option<Arc<Packet>>,
         metrics: Arc<Metrics>,
     ) -> Self {
         let entry = |HostPort { host, port }: &HostPort| Entry {
@@ -147,6 +158,7 @@ impl Upstream {
             listening,
             health: Mutex::default(),
             probing: tokio::sync::Mutex::default(),
+            packet,
             metrics,
         }
     }
@@ -237,7 +249,7 @@ impl Upstream {
                         Ok(socket) => {
                             // Whoever kept silent longer than the winner took is slow or dead.
                             running.into_iter().for_each(|(a, since)| self.note_silence(a, since));
-                            return Ok((socket::Upstream(socket), address));
+                            return Ok((socket, address));
                         }
                         Err(error) => {
                             worst = worst.max(DialError::from(&error));
@@ -254,9 +266,31 @@ impl Upstream {
         }
     }
 
-    async fn attempt(&self, address: SocketAddr) -> (SocketAddr, io::Result<socket::Socket>) {
-        let connected = socket::Socket::connect(address).await;
-        (address, connected.and_then(|socket| self.unless_own(address, socket)))
+    async fn attempt(&self, address: SocketAddr) -> (SocketAddr, io::Result<socket::Upstream>) {
+        let connected = self.connect_from_own_port(address).await;
+        let checked = connected.and_then(|(socket, port)| {
+            Ok(socket::Upstream(self.unless_own(address, socket)?, port))
+        });
+        (address, checked)
+    }
+
+    /// Connects, for the packet engine from a port that nobody else uses.
+    async fn connect_from_own_port(
+        &self,
+        address: SocketAddr,
+    ) -> io::Result<(socket::Socket, Option<Port>)> {
+        let Some(packet) = &self.packet else {
+            return Ok((socket::Socket::connect(address, |_| ()).await?, None));
+        };
+        let mut port = None;
+        let prepare = |socket: &SockRef<'_>| port = packet.prepare_upstream(socket, address);
+        match socket::Socket::connect(address, prepare).await {
+            // Another connection of that port is in TIME_WAIT; the kernel finds a free one.
+            Err(error) if port.is_some() && is_taken(&error) => {
+                Ok((socket::Socket::connect(address, |_| ()).await?, None))
+            }
+            result => Ok((result?, port)),
+        }
     }
 
     /// Refuses a connection to our own listener: each client would become another client, until

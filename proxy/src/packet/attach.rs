@@ -37,8 +37,8 @@ impl Hook {
     /// The program that belongs there.
     fn program(self) -> &'static str {
         match self {
-            Self::Ingress => names::PACKET_INGRESS,
-            Self::Egress => names::PACKET_EGRESS,
+            Self::Ingress => names::GATE_INGRESS,
+            Self::Egress => names::GATE_EGRESS,
         }
     }
 

@@ -9,11 +9,11 @@ use std::os::fd::AsFd;
 use std::ptr::NonNull;
 use std::sync::Mutex;
 use std::sync::PoisonError;
-use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, Ordering};
 
 use aya::maps::{HashMap, MapData, MapError};
 use proxy_common::{
-    FlowRef, Half, PHASE_FREE, PHASE_LIVE, PHASE_PREPARED, PHASE_SETTLED, Record, Tuple,
+    FlowRef, Half, MARK_FIN, PHASE_FREE, PHASE_LIVE, PHASE_PREPARED, PHASE_SETTLED, Record, Tuple,
 };
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
@@ -166,6 +166,28 @@ impl Table {
     /// Changes one of the loader's words of a record.
     pub fn set(&self, slot: Slot, field: impl FnOnce(&mut Record) -> *mut u32, value: u32) {
         self.word(slot, field).store(value, Ordering::Release);
+    }
+
+    /// Segments to this end leave by another device from here on.
+    pub fn set_way(&self, slot: Slot, side: usize, ifindex: u32, mtu: u16) {
+        self.set(slot, |record| &raw mut record.halves[side].out_ifindex, ifindex);
+        let at = self.memory.at(slot.index);
+        // SAFETY: inside the mapping; only the address is taken.
+        let field = unsafe { &raw mut (*at).halves[side].mtu };
+        // SAFETY: as in `set_duty`.
+        unsafe { AtomicU16::from_ptr(field) }.store(mtu, Ordering::Release);
+    }
+
+    /// Notes a FIN that reached our socket rather than the program.
+    pub fn mark_fin(&self, slot: Slot, side: usize, number: u32) {
+        self.set(slot, |record| &raw mut record.halves[side].fin, number);
+        self.set(slot, |record| &raw mut record.halves[side].sent, number);
+        let at = self.memory.at(slot.index);
+        // SAFETY: inside the mapping; only the address is taken.
+        let field = unsafe { &raw mut (*at).halves[side].marks };
+        // SAFETY: as in `set_duty`. The program may lose this mark when it sets another at the same
+        // instant; it sets this one itself when the FIN is sent again.
+        unsafe { AtomicU8::from_ptr(field) }.fetch_or(MARK_FIN, Ordering::Release);
     }
 
     /// Sets or clears a duty.

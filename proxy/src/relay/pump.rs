@@ -13,7 +13,7 @@ use tokio::time::Instant;
 
 use super::copy::{self, CHUNK, Fault, Step};
 use super::splice::PipePool;
-use super::{End, Engine, Reason, Side};
+use super::{End, Engine, Moved, Reason, Side};
 use crate::drain::Watcher;
 use crate::socket::{Downstream, Socket, Upstream};
 
@@ -49,8 +49,29 @@ pub struct Counters {
     pub down: IntCounter,
 }
 
+/// When a relay is to pause for a better engine: once it is this old, or has moved this much. Short
+/// connections come to neither, and so pay nothing for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Moment {
+    /// Time from now on.
+    pub after: Duration,
+    /// Bytes moved, both directions together, from the connection's beginning.
+    pub bytes: u64,
+}
+
+/// Why [`run`] returned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// It is over.
+    Ended(End),
+    /// The moment has come. No byte is in our own hands: what is not counted as moved is in the
+    /// sockets' queues.
+    Paused(Moved),
+}
+
 /// Relays until both directions have ended or something fails. The sockets are then closed by
-/// their owner: with FIN if the reason is orderly, else with RST.
+/// their owner: with FIN if the reason is orderly, else with RST. With `pause`, returns at that
+/// moment instead; `moved` is what an earlier run of the same connection has moved.
 ///
 /// An idle relay lives as long as its connection, so its state is kept small: here and below,
 /// `async move` blocks use what they are given in place (an `async fn` would keep it twice), and
@@ -61,20 +82,24 @@ pub fn run<'a>(
     server: &'a Upstream,
     limits: &'a Limits,
     counters: &'a Counters,
-) -> impl Future<Output = End> + Send {
+    moved: Moved,
+    pause: Option<Moment>,
+) -> impl Future<Output = Outcome> + Send {
     let relay = Relay {
         client: &client.0,
         server: &server.0,
         pool: (engine == Engine::Splice).then_some(&limits.pipes),
         counters,
-        up: AtomicU64::new(0),
-        down: AtomicU64::new(0),
+        up: AtomicU64::new(moved.up),
+        down: AtomicU64::new(moved.down),
+        is_resumed: moved != Moved::default(),
         in_pipe: AtomicU8::new(0),
         first_to_end: OnceLock::new(),
     };
     async move {
         let reason = tokio::select! {
             biased;
+            () = relay.moment(pause) => return Outcome::Paused(relay.so_far()),
             result = relay.to_the_end() => match result {
                 Ok(()) => Reason::Closed(*relay.first_to_end.get_or_init(|| Side::Client)),
                 Err(reason) => reason,
@@ -85,8 +110,8 @@ pub fn run<'a>(
         if let Reason::Reset(side) = reason {
             Box::pin(relay.last_words(side)).await;
         }
-        let bytes_up = relay.up.load(Ordering::Relaxed);
-        End { reason, bytes_up, bytes_down: relay.down.load(Ordering::Relaxed) }
+        let Moved { up, down } = relay.so_far();
+        Outcome::Ended(End { reason, bytes_up: up, bytes_down: down })
     }
 }
 
@@ -99,6 +124,8 @@ struct Relay<'a> {
     /// Bytes moved so far. One task writes them; atomics only because it may change its thread.
     up: AtomicU64,
     down: AtomicU64,
+    /// Bytes may wait in the sockets of which the reactor does not tell again.
+    is_resumed: bool,
     /// Directions that have bytes in a pipe, one bit each ([`Side::bit`]).
     in_pipe: AtomicU8,
     /// The side whose stream ended first.
@@ -190,7 +217,7 @@ impl Relay<'_> {
             // Whether the source sends so much at once that a pipe pays.
             let mut bulk = false;
             // Whether bytes are known to wait at the source, whatever the reactor says.
-            let mut queued = false;
+            let mut queued = self.is_resumed;
             let mut turn = 0;
             loop {
                 if bulk && !queued && self.pool.is_some() {
@@ -303,6 +330,31 @@ impl Relay<'_> {
         }
     }
 
+    /// Ends at the moment that was asked for, if no byte is in a pipe and neither direction has
+    /// ended.
+    fn moment(&self, pause: Option<Moment>) -> impl Future<Output = ()> {
+        async move {
+            let Some(Moment { after, bytes }) = pause else {
+                return std::future::pending().await;
+            };
+            let mut timer = Box::pin(tokio::time::sleep(after));
+            let mut is_due = false;
+            // Polled first whenever anything moves; a timer sees to connections in which nothing
+            // does.
+            poll_fn(|context| {
+                is_due = is_due || self.moved() >= bytes || timer.as_mut().poll(context).is_ready();
+                let is_whole = self.in_pipe.load(Ordering::Relaxed) == 0
+                    && self.first_to_end.get().is_none();
+                if is_due && is_whole { Poll::Ready(()) } else { Poll::Pending }
+            })
+            .await;
+        }
+    }
+
+    fn so_far(&self) -> Moved {
+        Moved { up: self.up.load(Ordering::Relaxed), down: self.down.load(Ordering::Relaxed) }
+    }
+
     /// Ends when no byte has moved for `idle_timeout`, or up to a quarter more. Beside that,
     /// keeps TCP_USER_TIMEOUT from ending a connection whose peer is alive but reads no more, as
     /// behind `kubectl logs -f | less`: what has no limit on a direct connection has none here.
@@ -404,7 +456,7 @@ async fn take_turns(turn: &mut usize, moved: usize) {
 }
 
 /// Whose fault an error is, and what kind.
-fn fault(side: Side, error: &io::Error) -> Reason {
+pub(crate) fn fault(side: Side, error: &io::Error) -> Reason {
     match error.kind() {
         // EPIPE and ENOTCONN follow on a RST whose ECONNRESET another call has collected.
         io::ErrorKind::ConnectionReset

@@ -1,0 +1,200 @@
+//! What happens to switched connections after the switch: their ends, segments that are too large,
+//! changes of devices and routes.
+//!
+//! Nothing here runs while nothing happens: the programs tell of ends through a ring buffer, the
+//! kernel tells of devices and routes, and timers exist only for connections that are closing.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use proxy_common::{
+    CLIENT, EVENT_CLOSED, EVENT_RESET, EVENT_TOO_BIG, Event, MARK_FIN_ACKED, MARK_FIRST, MARK_RESET,
+    PHASE_SETTLED, Record, SERVER,
+};
+use tokio::time::{Instant, interval, sleep_until};
+
+use super::inject::TooBig;
+use super::object::next_event;
+use super::table::Slot;
+use super::{News, Packet};
+use crate::relay::{Reason, Side};
+
+/// How long the tuples of a closed connection stay ours after its last segment: a lost last
+/// acknowledgement makes the other end send its FIN again (TIME_WAIT, RFC 9293; Linux: 60 s).
+const AFTER_CLOSE: Duration = Duration::from_secs(60);
+
+/// How long after a RST: the other end may not have taken it, and go on.
+const AFTER_RESET: Duration = Duration::from_secs(3);
+
+/// When to look again at a connection that has ended before its switch was done.
+const SOON: Duration = Duration::from_millis(100);
+
+/// A connection that has ended, or seems to have.
+struct Closing {
+    slot: Slot,
+    due: Instant,
+    kind: Kind,
+    /// The access log knows.
+    is_told: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// Both FINs are acknowledged.
+    Closed,
+    /// A RST of this side was passed on.
+    Reset(Side),
+}
+
+/// Runs until the process ends.
+pub async fn run(packet: Arc<Packet>, news: News, idle_timeout: Option<Duration>) {
+    let News { mut events, mut watch } = news;
+    let mut closing: HashMap<u32, Closing> = HashMap::new();
+    let mut idle = idle_timeout.map(|timeout| interval((timeout / 4).max(Duration::from_millis(50))));
+    loop {
+        let next = closing.values().map(|closing| closing.due).min();
+        tokio::select! {
+            ready = events.readable_mut() => {
+                let Ok(mut ready) = ready else { return };
+                while let Some(event) = next_event(ready.get_inner_mut()) {
+                    handle(&packet, &mut closing, event);
+                }
+                ready.clear_ready();
+            }
+            changed = watch.changed() => {
+                if changed.is_err() {
+                    // Without word of changes, connections must not depend on noticing them.
+                    tracing::warn!("the kernel tells no more of devices and routes");
+                    return;
+                }
+                packet.refresh();
+            }
+            () = sleep_until(next.unwrap_or_else(Instant::now)), if next.is_some() => {
+                sweep(&packet, &mut closing);
+            }
+            () = tick(&mut idle), if idle.is_some() => {
+                end_idle(&packet, idle_timeout.unwrap_or_default());
+            }
+        }
+    }
+}
+
+async fn tick(interval: &mut Option<tokio::time::Interval>) {
+    if let Some(interval) = interval {
+        interval.tick().await;
+    }
+}
+
+fn handle(packet: &Arc<Packet>, closing: &mut HashMap<u32, Closing>, event: Event) {
+    let slot = Slot { index: event.slot, generation: event.generation };
+    let Some(record) = packet.table().read(slot) else { return };
+    let side = if usize::from(event.side) == CLIENT { Side::Client } else { Side::Server };
+    match event.kind {
+        EVENT_TOO_BIG => tell_too_big(packet, &record, &event),
+        EVENT_CLOSED => {
+            let due = Instant::now() + AFTER_CLOSE;
+            let ended = Closing { slot, due, kind: Kind::Closed, is_told: false };
+            let is_known = closing
+                .get(&slot.index)
+                .is_some_and(|known| known.slot == slot && known.kind == Kind::Closed);
+            if !is_known {
+                let ended = tell(packet, ended, &record);
+                closing.insert(slot.index, ended);
+            }
+        }
+        EVENT_RESET => {
+            let due = Instant::now() + AFTER_RESET;
+            let kind = Kind::Reset(side);
+            let known = closing.entry(slot.index);
+            known.or_insert(Closing { slot, due, kind, is_told: false });
+        }
+        _ => {}
+    }
+}
+
+/// Tells the access log. As long as the switch is not done the connection may still end there, so
+/// that comes first; then this looks again soon.
+fn tell(packet: &Packet, mut closing: Closing, record: &Record) -> Closing {
+    if record.phase == PHASE_SETTLED {
+        let reason = match closing.kind {
+            Kind::Closed => Reason::Closed(first_to_close(record)),
+            Kind::Reset(side) => Reason::Reset(side),
+        };
+        packet.tell_end(record, reason.as_label());
+        closing.is_told = true;
+    } else {
+        closing.due = Instant::now() + SOON;
+    }
+    closing
+}
+
+fn first_to_close(record: &Record) -> Side {
+    if record.halves[SERVER].marks & MARK_FIRST != 0 { Side::Server } else { Side::Client }
+}
+
+/// Ends what is due, unless it has come back to life.
+fn sweep(packet: &Arc<Packet>, closing: &mut HashMap<u32, Closing>) {
+    let now = Instant::now();
+    let due: Vec<u32> =
+        closing.iter().filter(|(_, closing)| closing.due <= now).map(|(index, _)| *index).collect();
+    for index in due {
+        let Some(mut ended) = closing.remove(&index) else { continue };
+        // Absent: killed meanwhile, or the switch did not succeed.
+        let Some(record) = packet.table().read(ended.slot) else { continue };
+        if let Kind::Reset(side) = ended.kind {
+            let half = &record.halves[if side == Side::Client { CLIENT } else { SERVER }];
+            if half.marks & MARK_RESET == 0 {
+                // Not genuine: its sender went on.
+                continue;
+            }
+        }
+        if !ended.is_told {
+            ended = tell(packet, ended, &record);
+        }
+        let silent = silence(&record);
+        if !ended.is_told {
+            closing.insert(index, ended);
+        } else if ended.kind == Kind::Closed && silent < AFTER_CLOSE {
+            // The wait begins anew with each segment.
+            let due = now + (AFTER_CLOSE - silent);
+            closing.insert(index, Closing { due, ..ended });
+        } else {
+            packet.retire(ended.slot, &record);
+        }
+    }
+}
+
+/// Time since the last segment of either end.
+fn silence(record: &Record) -> Duration {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    let now = now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64;
+    let seen = record.halves.iter().map(|half| half.seen_ns).max().unwrap_or(0);
+    Duration::from_nanos(now.saturating_sub(seen))
+}
+
+/// Resets what has been silent for too long.
+fn end_idle(packet: &Arc<Packet>, timeout: Duration) {
+    for slot in packet.table().in_use() {
+        let Some(record) = packet.table().read(slot) else { continue };
+        let is_over = record.halves.iter().all(|half| half.marks & MARK_FIN_ACKED != 0);
+        if record.phase == PHASE_SETTLED && !is_over && silence(&record) >= timeout {
+            packet.kill(slot, Reason::Idle.as_label());
+        }
+    }
+}
+
+/// Tells the sender of a segment that was too large, as a router would: from our address, which is
+/// the only one that it knows on this way.
+fn tell_too_big(packet: &Packet, record: &Record, event: &Event) {
+    let half = &record.halves[usize::from(event.side) & 1];
+    let (sender, us): (SocketAddr, SocketAddr) = (half.remote.into(), half.local.into());
+    let original = TooBig {
+        source: sender,
+        destination: us,
+        sequence: event.sequence,
+        length: u32::from(half.mtu).max(event.mtu),
+    };
+    let _ = packet.injector.too_big(us.ip(), sender, &original, event.mtu);
+}

@@ -1,0 +1,484 @@
+//! The switch: two sockets and a relay become one TCP conversation between the two ends.
+//!
+//! It happens while (almost) nothing is in our hands: bytes that we have acknowledged to one end
+//! and not yet delivered to the other must fit into one flight, or the two ends' numbers would
+//! leave each other's windows. In this order, each step for a reason:
+//!
+//! 1. both tuples are made findable, then one word makes both directions live at once;
+//! 2. what we hold is sent on; where our socket has bytes on their way, it has a *duty*, and the
+//!    program shows it what is acknowledged;
+//! 3. after a grace period nothing new reaches our sockets; what raced in is sent on as well;
+//! 4. a filter drops whatever else might come late, so nothing is acknowledged any more;
+//! 5. once everything sent is acknowledged, as the sockets themselves say, both are frozen, their
+//!    sequence numbers compared with the bytes moved, and closed without a word.
+//!
+//! Up to step 5 an end of this process is a RST to both ends.
+
+use std::net::SocketAddr;
+use std::os::fd::AsFd as _;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use proxy_common::{
+    CLIENT, Half, MARK_RESET, Record, SEEN_ALL, SERVER, Seen, WATCH_LOCAL,
+};
+use tokio::time::sleep;
+
+use super::eligible::{Ineligible, Leg, judge};
+use super::table::Slot;
+use super::{Packet, conntrack, tcp};
+use crate::relay::copy::{self, Fault, Step};
+use crate::relay::{Counters, Moved, Reason, Side, fault};
+use crate::socket::{Downstream, Info, Socket, Upstream};
+
+/// Most bytes of one direction that may be in our hands at the switch. Well below the smallest
+/// window that a peer on a fast network opens with (64 KiB).
+const FLIGHT: u32 = 32 * 1024;
+
+/// Window that both sockets announce while a busy connection is brought to a quiet moment.
+const SQUEEZED: u32 = 24 * 1024;
+
+/// How long that may take. Meanwhile bytes flow, but slower.
+const SQUEEZE: Duration = Duration::from_millis(60);
+
+/// By how much our window may exceed that of the end that will have to stand for it.
+const WINDOW_SLACK: u32 = 64 * 1024;
+
+/// What came of it.
+#[derive(Debug)]
+pub enum Outcome {
+    /// The connection lives on without our sockets.
+    Switched(Slot),
+    /// Nothing has changed; the relay goes on, with so many bytes moved.
+    Stays(Ineligible, Moved),
+    /// The connection had to be ended, or ended meanwhile; closing the sockets resets both ends.
+    Ended(Reason, Moved),
+}
+
+/// What the two connections are made of: found out once, before anything changes.
+struct Plan {
+    record: Record,
+    /// Numbers of the first bytes of both streams, each in its end's own space.
+    first: [u32; 2],
+    guard: Option<proxy_common::Tuple>,
+}
+
+/// One attempt.
+pub struct Attempt<'a> {
+    /// The engine.
+    pub packet: &'a Arc<Packet>,
+    /// The client's socket.
+    pub client: &'a Downstream,
+    /// The server's socket.
+    pub server: &'a Upstream,
+    /// What the relay has moved.
+    pub moved: Moved,
+    /// Where moved bytes are counted.
+    pub counters: &'a Counters,
+    /// When the client was accepted, in milliseconds since 1970.
+    pub accepted_ms: u64,
+}
+
+impl Attempt<'_> {
+    /// Tries to switch.
+    pub async fn run(mut self) -> Outcome {
+        let begun = Instant::now();
+        let plan = match self.plan() {
+            Ok(plan) => plan,
+            Err(reason) => return Outcome::Stays(reason, self.moved),
+        };
+        match self.quieten().await {
+            Ok(()) => {}
+            Err(End::Stays(reason)) => return Outcome::Stays(reason, self.moved),
+            Err(End::Ends(reason)) => return Outcome::Ended(reason, self.moved),
+        }
+        let (slot, halves) = match self.prepare(&plan) {
+            Ok(prepared) => prepared,
+            Err(reason) => {
+                self.loosen();
+                return Outcome::Stays(reason, self.moved);
+            }
+        };
+        self.packet.table().go_live(slot);
+        match self.finish(slot, &halves).await {
+            Ok(()) => {
+                self.packet.note_switched(begun.elapsed());
+                Outcome::Switched(slot)
+            }
+            Err(reason) => {
+                self.packet.abandon(slot);
+                Outcome::Ended(reason, self.moved)
+            }
+        }
+    }
+
+    fn socket(&self, side: Side) -> &Socket {
+        match side {
+            Side::Client => &self.client.0,
+            Side::Server => &self.server.0,
+        }
+    }
+
+    /// All that must hold whatever the moment is.
+    fn plan(&self) -> Result<Plan, Ineligible> {
+        let refused = |_| Ineligible::Refused;
+        let client = self.client.0.addresses().map_err(refused)?;
+        let server = self.server.0.addresses().map_err(refused)?;
+        if client.peer.is_ipv4() != server.peer.is_ipv4() {
+            return Err(Ineligible::Families);
+        }
+        if self.server.1.is_none() {
+            return Err(Ineligible::Ports);
+        }
+        let down = Info::of(self.client.0.as_fd()).ok_or(Ineligible::Refused)?;
+        let up = Info::of(self.server.0.as_fd()).ok_or(Ineligible::Refused)?;
+        let (client_seen, client_local) = self.client_handshake(client.peer, client.local)?;
+        let server_seen = self.packet.seen(server.local, server.peer);
+        let server_seen = server_seen.ok_or(Ineligible::Handshake)?;
+        judge(
+            Leg { seen: &client_seen, info: &down, is_accepted: true },
+            Leg { seen: &server_seen, info: &up, is_accepted: false },
+            self.packet.max_rtt(),
+        )?;
+        let half = |peer, local, seen: &Seen, info: &Info| {
+            let mut half = self.packet.half(peer, local, seen)?;
+            half.shift = info.peer_shift();
+            half.our_shift = info.our_shift();
+            half.window = u16::try_from(info.send_window() >> half.shift).unwrap_or(u16::MAX);
+            Ok(half)
+        };
+        let mut halves = [
+            half(client.peer, client_local, &client_seen, &down)?,
+            half(server.peer, server.local, &server_seen, &up)?,
+        ];
+        // Byte k of a stream has the k-th number after the SYN's on either connection.
+        halves[CLIENT].seq_add =
+            server_seen.client.sequence.wrapping_sub(client_seen.client.sequence);
+        halves[SERVER].seq_add =
+            client_seen.server.sequence.wrapping_sub(server_seen.server.sequence);
+        for (half, socket) in halves.iter_mut().zip([&self.client.0, &self.server.0]) {
+            let clock = tcp::timestamp(socket).map_err(refused)?;
+            half.ts_clock = clock.wrapping_sub(tcp::monotonic_ms());
+        }
+        // A guess at the clocks' offset, good enough for echoes until the first segment fixes it.
+        halves[CLIENT].ts_add = halves[SERVER].ts_clock.wrapping_sub(halves[CLIENT].ts_clock);
+        halves[SERVER].ts_add = halves[CLIENT].ts_clock.wrapping_sub(halves[SERVER].ts_clock);
+        let guard = (client_local != client.local).then(|| proxy_common::Tuple {
+            source: client.peer.into(),
+            destination: client.local.into(),
+        });
+        let record = Record { accepted_ms: self.accepted_ms, halves, ..Record::default() };
+        let first = [client_seen.client.sequence, server_seen.server.sequence];
+        Ok(Plan { record, first: first.map(|syn| syn.wrapping_add(1)), guard })
+    }
+
+    /// The client's handshake, and our address as it passed the device: with address translation
+    /// (kube-proxy) that is the one the client asked for.
+    fn client_handshake(
+        &self,
+        peer: SocketAddr,
+        local: SocketAddr,
+    ) -> Result<(Seen, SocketAddr), Ineligible> {
+        if let Some(seen) = self.packet.seen(peer, local) {
+            return Ok((seen, local));
+        }
+        let original = conntrack::original_destination(&self.client.0);
+        let original = original.ok().flatten().ok_or(Ineligible::Handshake)?;
+        match self.packet.seen(peer, original) {
+            Some(seen) if seen.state == SEEN_ALL => Ok((seen, original)),
+            _ => {
+                // The next client that asks for this address will be seen.
+                self.packet.watch(original, WATCH_LOCAL);
+                Err(Ineligible::Handshake)
+            }
+        }
+    }
+
+    /// Bytes in our hands that come from `side`: read or not, until the other end has
+    /// acknowledged them.
+    fn held(&self, side: Side) -> Result<u32, End> {
+        let refused = |_| End::Stays(Ineligible::Refused);
+        let unread = tcp::unread(self.socket(side)).map_err(refused)?;
+        let unacknowledged = tcp::unacknowledged(self.socket(side.other())).map_err(refused)?;
+        Ok(unread + unacknowledged)
+    }
+
+    fn is_quiet(&self) -> Result<bool, End> {
+        Ok(self.held(Side::Client)? <= FLIGHT && self.held(Side::Server)? <= FLIGHT)
+    }
+
+    /// Relays with small windows until little enough is in our hands.
+    async fn quieten(&mut self) -> Result<(), End> {
+        if self.is_quiet()? {
+            return Ok(());
+        }
+        for side in [Side::Client, Side::Server] {
+            tcp::clamp_window(self.socket(side), SQUEEZED);
+        }
+        let deadline = Instant::now() + SQUEEZE;
+        loop {
+            for side in [Side::Client, Side::Server] {
+                match self.pass(side)? {
+                    Passed::Everything => {}
+                    // An end under way is the relay's business.
+                    Passed::EndOfStream => {
+                        self.loosen();
+                        return Err(End::Stays(Ineligible::HalfClosed));
+                    }
+                }
+            }
+            if self.is_quiet()? {
+                return Ok(());
+            }
+            if Instant::now() >= deadline {
+                self.loosen();
+                return Err(End::Stays(Ineligible::Busy));
+            }
+            sleep(Duration::from_millis(1)).await;
+        }
+    }
+
+    /// Gives both sockets their windows back.
+    fn loosen(&self) {
+        for side in [Side::Client, Side::Server] {
+            tcp::clamp_window(self.socket(side), 1 << 30);
+        }
+    }
+
+    /// Moves what can be moved from `side` without waiting.
+    fn pass(&mut self, side: Side) -> Result<Passed, End> {
+        // Bounded, so that a fast sender cannot keep us here.
+        for _ in 0..64 {
+            match copy::step(self.socket(side), self.socket(side.other()), true) {
+                Ok(Step::Moved(count)) => self.count(side, count),
+                Ok(Step::Full(count)) => {
+                    self.count(side, count);
+                    break;
+                }
+                Ok(Step::DestinationFull | Step::SourceEmpty) => break,
+                Ok(Step::EndOfStream) => return Ok(Passed::EndOfStream),
+                Err(Fault::Source(error)) => return Err(End::Ends(fault(side, &error))),
+                Err(Fault::Destination(error)) => {
+                    return Err(End::Ends(fault(side.other(), &error)));
+                }
+            }
+        }
+        Ok(Passed::Everything)
+    }
+
+    fn count(&mut self, side: Side, bytes: usize) {
+        let bytes = bytes as u64;
+        let (total, counter) = match side {
+            Side::Client => (&mut self.moved.up, &self.counters.up),
+            Side::Server => (&mut self.moved.down, &self.counters.down),
+        };
+        *total += bytes;
+        counter.inc_by(bytes);
+    }
+
+    /// Checks the moment, writes the record and makes it findable.
+    fn prepare(&self, plan: &Plan) -> Result<(Slot, [Half; 2]), Ineligible> {
+        let refused = |_| Ineligible::Refused;
+        let infos = [Info::of(self.client.0.as_fd()), Info::of(self.server.0.as_fd())];
+        let [Some(down), Some(up)] = infos else {
+            return Err(Ineligible::Refused);
+        };
+        if !down.is_established() || !up.is_established() {
+            return Err(Ineligible::HalfClosed);
+        }
+        for (peer, ours) in [(&down, &up), (&up, &down)] {
+            // Never let an end send more than the other has room for: what lies outside of a
+            // window may be answered with RST by a NAT in between.
+            if ours.receive_window_bound() > peer.send_window().saturating_add(WINDOW_SLACK) {
+                return Err(Ineligible::Window);
+            }
+        }
+        let mut record = plan.record;
+        for (index, side) in [Side::Client, Side::Server].into_iter().enumerate() {
+            let unread = tcp::unread(self.socket(side)).map_err(refused)?;
+            let unacknowledged = tcp::unacknowledged(self.socket(side.other())).map_err(refused)?;
+            let moved = self.moved_from(side);
+            let (source, sink) = match side {
+                Side::Client => (&down, &up),
+                Side::Server => (&up, &down),
+            };
+            // A FIN counts as one on the receiving side; the SYN does on the side that connects.
+            let acked = moved.wrapping_sub(unacknowledged.into());
+            let syn = u64::from(side == Side::Client);
+            let received_now = moved + u64::from(unread);
+            let is_consistent = source.bytes_received() <= received_now
+                && received_now <= source.bytes_received() + u64::from(FLIGHT)
+                && sink.bytes_acked() <= acked + syn
+                && acked <= sink.bytes_acked() + u64::from(FLIGHT);
+            if !is_consistent {
+                return Err(Ineligible::Numbers);
+            }
+            let half = &mut record.halves[index];
+            half.bytes = received_now;
+            half.own_next = plan.first[index].wrapping_add(received_now as u32);
+            half.sent = half.own_next;
+            let add = half.seq_add;
+            let end = half.own_next.wrapping_add(add);
+            let other = &mut record.halves[index ^ 1];
+            other.own_end = end;
+            other.acked = end.wrapping_sub(unread).wrapping_sub(unacknowledged);
+            other.duty = u8::from(unread + unacknowledged > 0);
+        }
+        let slot = self.packet.table().prepare(record, plan.guard);
+        let slot = slot.map_err(|_| Ineligible::Refused)?.ok_or(Ineligible::Full)?;
+        self.packet.note_guard(slot, plan.guard);
+        Ok((slot, record.halves))
+    }
+
+    fn moved_from(&self, side: Side) -> u64 {
+        match side {
+            Side::Client => self.moved.up,
+            Side::Server => self.moved.down,
+        }
+    }
+
+    /// Everything after the moment in which segments began to be rewritten.
+    async fn finish(&mut self, slot: Slot, halves: &[Half; 2]) -> Result<(), Reason> {
+        let mut ended = [false; 2];
+        self.drain(slot, halves, &mut ended).await?;
+        if !self.packet.grace().pass().await {
+            return Err(Reason::Failed(Side::Client));
+        }
+        self.drain(slot, halves, &mut ended).await?;
+        for side in [Side::Client, Side::Server] {
+            tcp::fence(self.socket(side)).map_err(|_| Reason::Failed(side))?;
+        }
+        self.drain(slot, halves, &mut ended).await?;
+        self.acknowledged(slot).await?;
+        for side in [Side::Client, Side::Server] {
+            tcp::freeze(self.socket(side)).map_err(|_| Reason::Failed(side))?;
+        }
+        for (index, side) in [Side::Client, Side::Server].into_iter().enumerate() {
+            let numbers = tcp::sequence_numbers(self.socket(side));
+            let (next, written) = numbers.map_err(|_| Reason::Failed(side))?;
+            let total = |of: usize| {
+                let moved = self.moved_from(if of == CLIENT { Side::Client } else { Side::Server });
+                (moved as u32).wrapping_add(ended[of].into())
+            };
+            let expected_next = base(halves, index).wrapping_add(total(index));
+            let expected_written = base(halves, index ^ 1)
+                .wrapping_add(halves[index ^ 1].seq_add)
+                .wrapping_add(total(index ^ 1));
+            if (next, written) != (expected_next, expected_written) {
+                tracing::warn!(
+                    next, expected_next, written, expected_written, ?side,
+                    "sequence numbers and bytes moved differ; resetting the connection"
+                );
+                tcp::thaw(self.socket(Side::Client));
+                tcp::thaw(self.socket(Side::Server));
+                return Err(Reason::Failed(side));
+            }
+        }
+        self.packet.table().settle(slot);
+        Ok(())
+    }
+
+    /// Sends on what has reached our sockets, until nothing is left in them.
+    async fn drain(
+        &mut self,
+        slot: Slot,
+        halves: &[Half; 2],
+        ended: &mut [bool; 2],
+    ) -> Result<(), Reason> {
+        for (index, side) in [Side::Client, Side::Server].into_iter().enumerate() {
+            loop {
+                let unread = tcp::unread(self.socket(side)).map_err(|_| Reason::Failed(side))?;
+                let total = (self.moved_from(side) as u32).wrapping_add(unread);
+                let next = base(halves, index).wrapping_add(total);
+                self.announce(slot, index, next, halves[index].seq_add, unread > 0);
+                match self.pass(side) {
+                    Ok(Passed::Everything) => {}
+                    Ok(Passed::EndOfStream) if ended[index] => break,
+                    Ok(Passed::EndOfStream) => {
+                        // Its number comes after all bytes, on either connection.
+                        self.announce(slot, index, next.wrapping_add(1), halves[index].seq_add, true);
+                        self.packet.table().mark_fin(slot, index, next.wrapping_add(1));
+                        let shut = self.socket(side.other()).shutdown_write();
+                        shut.map_err(|_| Reason::Reset(side.other()))?;
+                        ended[index] = true;
+                        break;
+                    }
+                    Err(End::Ends(reason)) => return Err(reason),
+                    Err(End::Stays(_)) => return Err(Reason::Failed(side)),
+                }
+                if tcp::unread(self.socket(side)).map_err(|_| Reason::Failed(side))? == 0 {
+                    // An end of the stream shows only once everything else was read.
+                    if ended[index] || !self.socket(side).is_at_end() {
+                        break;
+                    }
+                    continue;
+                }
+                // The destination was full: its acknowledgements reach it, so it drains.
+                sleep(Duration::from_millis(1)).await;
+                self.check(slot, side.other())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Tells the program up to where our sockets are responsible.
+    fn announce(&self, slot: Slot, index: usize, next: u32, add: u32, has_more: bool) {
+        let table = self.packet.table();
+        table.set(slot, |record| &raw mut record.halves[index].own_next, next);
+        let end = next.wrapping_add(add);
+        table.set(slot, |record| &raw mut record.halves[index ^ 1].own_end, end);
+        if has_more {
+            table.set_duty(slot, index ^ 1, true);
+        }
+    }
+
+    /// Ends when both ends have acknowledged all that our sockets sent, as the sockets say.
+    async fn acknowledged(&self, slot: Slot) -> Result<(), Reason> {
+        let mut pause = Duration::from_micros(200);
+        for (index, side) in [Side::Client, Side::Server].into_iter().enumerate() {
+            loop {
+                let left = tcp::unacknowledged(self.socket(side));
+                if left.map_err(|_| Reason::Failed(side))? == 0 {
+                    break;
+                }
+                self.check(slot, side)?;
+                sleep(pause).await;
+                pause = (pause * 2).min(Duration::from_millis(50));
+            }
+            self.packet.table().set_duty(slot, index, false);
+        }
+        Ok(())
+    }
+
+    /// Whether waiting for `side` still makes sense.
+    fn check(&self, slot: Slot, side: Side) -> Result<(), Reason> {
+        let info = Info::of(self.socket(side).as_fd()).ok_or(Reason::Failed(side))?;
+        if info.is_closed() {
+            return Err(Reason::TimedOut(side));
+        }
+        // A RST that came before our last bytes were delivered: the other end may not take it for
+        // its own, so both get one from us.
+        let record = self.packet.table().read(slot).ok_or(Reason::Cut)?;
+        for (half, end) in record.halves.iter().zip([Side::Client, Side::Server]) {
+            if half.marks & MARK_RESET != 0 {
+                return Err(Reason::Reset(end));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Number of the first byte of an end's stream, in its own space.
+fn base(halves: &[Half; 2], index: usize) -> u32 {
+    halves[index].own_next.wrapping_sub(halves[index].bytes as u32)
+}
+
+enum Passed {
+    Everything,
+    EndOfStream,
+}
+
+enum End {
+    Stays(Ineligible),
+    Ends(Reason),
+}
