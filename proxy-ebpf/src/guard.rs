@@ -12,24 +12,48 @@ use crate::{FLOWS, GUARD_SOCKETS, RECORDS, count};
 
 const AF_INET: u32 = 2;
 
+/// One field of the context. Volatile, because the verifier allows only accesses at constant
+/// offsets, and the optimizer would join two branches that read different fields into one access at
+/// an offset that it has computed.
+macro_rules! field {
+    ($lookup:ident.$($field:tt)+) => {
+        // SAFETY: the context is the kernel's, alive for the whole run of the program.
+        unsafe { core::ptr::read_volatile(&raw const (*$lookup).$($field)+) }
+    };
+}
+
 /// Steers the segment to the listener that drops everything, if its connection is a switched one.
 #[inline(always)]
 pub fn try_guard(ctx: &SkLookupContext) -> Option<()> {
-    // SAFETY: the context is the kernel's, alive for the whole run of the program.
-    let lookup = unsafe { &*ctx.lookup };
-    if lookup.protocol != u32::from(IPPROTO_TCP) {
+    let lookup = ctx.lookup;
+    if field!(lookup.protocol) != u32::from(IPPROTO_TCP) {
         return None;
     }
-    let is_four = lookup.family == AF_INET;
-    let (source, destination) = if is_four {
-        (mapped(lookup.remote_ip4.to_ne_bytes()), mapped(lookup.local_ip4.to_ne_bytes()))
-    } else {
-        (address(&lookup.remote_ip6), address(&lookup.local_ip6))
+    let is_four = field!(lookup.family) == AF_INET;
+    // All of them, whatever the family: the kernel gives zeros for the other one.
+    let remote_4 = field!(lookup.remote_ip4).to_ne_bytes();
+    let local_4 = field!(lookup.local_ip4).to_ne_bytes();
+    let remote_6 = joined([
+        field!(lookup.remote_ip6[0]),
+        field!(lookup.remote_ip6[1]),
+        field!(lookup.remote_ip6[2]),
+        field!(lookup.remote_ip6[3]),
+    ]);
+    let local_6 = joined([
+        field!(lookup.local_ip6[0]),
+        field!(lookup.local_ip6[1]),
+        field!(lookup.local_ip6[2]),
+        field!(lookup.local_ip6[3]),
+    ]);
+    let source = Endpoint {
+        address: if is_four { mapped(remote_4) } else { remote_6 },
+        port: u16::from_be(field!(lookup.remote_port)),
     };
-    let tuple = Tuple {
-        source: Endpoint { address: source, port: u16::from_be(lookup.remote_port) },
-        destination: Endpoint { address: destination, port: lookup.local_port as u16 },
+    let destination = Endpoint {
+        address: if is_four { mapped(local_4) } else { local_6 },
+        port: field!(lookup.local_port) as u16,
     };
+    let tuple = Tuple { source, destination };
     // SAFETY: see forward::find.
     let flow = unsafe { FLOWS.get(tuple) }?;
     let record = RECORDS.get_ptr(flow.slot)?;
@@ -48,7 +72,7 @@ pub fn try_guard(ctx: &SkLookupContext) -> Option<()> {
 }
 
 #[inline(always)]
-fn address(words: &[u32; 4]) -> [u8; 16] {
+fn joined(words: [u32; 4]) -> [u8; 16] {
     let mut bytes = [0; 16];
     for (chunk, word) in bytes.chunks_exact_mut(4).zip(words) {
         chunk.copy_from_slice(&word.to_ne_bytes());

@@ -107,7 +107,7 @@ impl Object {
             }
         }
         let mut ebpf = loader.load(OBJECT).context("loading the kernel programs' maps")?;
-        let table = Table::new(&data(&mut ebpf, names::RECORDS)?, data(&mut ebpf, names::FLOWS)?)
+        let table = Table::new(data(&mut ebpf, names::RECORDS)?, data(&mut ebpf, names::FLOWS)?)
             .context("mapping the records of switched connections")?;
         let events = RingBuf::try_from(Map::RingBuf(data(&mut ebpf, names::EVENTS)?))?;
         let seen = HashMap::try_from(Map::LruHashMap(data(&mut ebpf, names::SEEN)?))?;

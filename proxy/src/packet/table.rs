@@ -23,6 +23,8 @@ pub struct Table {
     memory: Memory,
     flows: Mutex<Flows>,
     free: Mutex<Vec<u32>>,
+    /// Programs that are loaded later refer to it by its descriptor.
+    _records: MapData,
 }
 
 type Flows = HashMap<MapData, Tuple, FlowRef>;
@@ -57,12 +59,13 @@ impl Table {
     ///
     /// # Errors
     /// mmap(2) refuses, or the map is of another kind.
-    pub fn new(records: &MapData, flows: MapData) -> io::Result<Self> {
+    pub fn new(records: MapData, flows: MapData) -> io::Result<Self> {
         let info = records.info().map_err(io::Error::other)?;
         let count = info.max_entries();
-        let memory = Memory::of(records, count)?;
+        let memory = Memory::of(&records, count)?;
         let flows = HashMap::try_from(aya::maps::Map::HashMap(flows)).map_err(io::Error::other)?;
-        let table = Self { memory, flows: Mutex::new(flows), free: Mutex::default() };
+        let flows = Mutex::new(flows);
+        let table = Self { memory, flows, free: Mutex::default(), _records: records };
         let free = (0..count).rev().filter(|&index| table.phase(index) == PHASE_FREE);
         *table.free() = free.collect();
         Ok(table)
