@@ -28,6 +28,7 @@ const SUITES: &[(Tier, &str)] = &[
     (Tier::Contract, "drain"),
     (Tier::Contract, "contract"),
     (Tier::Kernel, "observer"),
+    (Tier::Kernel, "devices"),
     (Tier::Kernel, "hosts"),
     (Tier::Kernel, "check"),
     (Tier::Kube, "apiserver_smoke"),
