@@ -278,10 +278,15 @@ fn a_watch_wakes_on_changes_and_on_nothing_else() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         runtime.expect("a runtime").block_on(async {
             let mut watch = Watch::open().expect("a subscription");
+            let mut attachments = Attachments::new(Method::Clsact);
+            let mut ours = programs();
+            attachments.attach(&mut ours, &device("v1")).expect("attached");
             quiet(&mut watch).await;
             send(3);
             // Questions are no changes.
             devices::list(&mut netlink()).expect("devices");
+            attachments.attach(&mut ours, &device("v1")).expect("attached before");
+            assert_eq!(attachments.missing(), NONE);
             hop("10.0.0.2", "10.0.0.1");
             assert!(!is_told(&mut watch, Duration::from_millis(300)).await, "nothing changed");
             for change in [
@@ -295,6 +300,7 @@ fn a_watch_wakes_on_changes_and_on_nothing_else() {
                 "ip link set v0 mtu 1400",
                 "ip link add v2 type veth peer name v3",
                 "tc qdisc add dev v0 clsact",
+                "tc qdisc del dev v1 clsact",
             ] {
                 quiet(&mut watch).await;
                 run(change);
@@ -732,6 +738,54 @@ fn a_new_process_takes_over_from_a_dead_one() {
             assert_eq!(files(dir.path()), ["other"]);
         });
     }
+}
+
+/// From here on this thread (and what it starts) has a kernel without TCX: the system calls that
+/// need it answer EINVAL, as those of 5.10 do.
+fn without_tcx() {
+    const LINK_CREATE: u32 = 28;
+    const PROG_QUERY: u32 = 16;
+    let op = |code: u32, yes, no, k| libc::sock_filter { code: code as u16, jt: yes, jf: no, k };
+    let load = |offset: usize| op(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, offset as u32);
+    let is = |value, yes, no| op(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, yes, no, value);
+    let end = |verdict| op(libc::BPF_RET | libc::BPF_K, 0, 0, verdict);
+    // The lower half of the first argument, on a little-endian machine.
+    let command = std::mem::offset_of!(libc::seccomp_data, args);
+    let mut filter = [
+        load(std::mem::offset_of!(libc::seccomp_data, nr)),
+        is(libc::SYS_bpf as u32, 0, 3),
+        load(command),
+        is(LINK_CREATE, 2, 0),
+        is(PROG_QUERY, 1, 0),
+        end(libc::SECCOMP_RET_ALLOW),
+        end(libc::SECCOMP_RET_ERRNO | libc::EINVAL as u32),
+    ];
+    let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_mut_ptr() };
+    // SAFETY: the kernel copies the program, which outlives the call.
+    let outcome = unsafe { libc::prctl(libc::PR_SET_SECCOMP, 2, &raw const program) };
+    assert_eq!(outcome, 0, "{}", io::Error::last_os_error());
+}
+
+#[test]
+fn a_kernel_without_tcx_gets_filters() {
+    isolated(|| {
+        without_tcx();
+        wire();
+        let before = ["v0", "v1"].map(attached);
+        let mut ours = programs();
+        let mut attachments = Attachments::new(Method::Best);
+        attach_to_both(&mut attachments, &mut ours);
+        let filters = attached("v1").0;
+        assert!(filters.contains("steward-tcp-proxy/packet_ingress"), "{filters}");
+        all_see(&mut [&mut ours]);
+        let dir = tempfile::tempdir().expect("a folder");
+        attachments.pin(dir.path()).expect("nothing to pin");
+        run("tc qdisc del dev v1 clsact");
+        assert_eq!(attachments.missing(), [device("v1").index]);
+        drop(attachments);
+        assert_eq!(remove_all(Some(dir.path())).expect("removed"), 2);
+        assert_eq!(["v0", "v1"].map(attached), before);
+    });
 }
 
 #[test]

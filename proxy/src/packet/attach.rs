@@ -180,7 +180,8 @@ impl Attachments {
     }
 
     /// Attaches both programs, which are loaded, in front of all others. On a device that has
-    /// them already: does so anew if [`Self::missing`] lists it, else nothing.
+    /// them already: does so anew if [`Self::missing`] lists it, else nothing. (Anew means off and
+    /// on again: the kernel takes a program only once on a hook.)
     ///
     /// # Errors
     /// See [`AttachError`]; the device is then as it was before, without programs of ours.
