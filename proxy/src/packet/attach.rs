@@ -389,7 +389,9 @@ fn attach_by_filters(
     // Looked at before anything is changed.
     let ingress = priority(netlink, index, Hook::Ingress)?;
     let egress = priority(netlink, index, Hook::Egress)?;
-    let made = qdisc == Qdisc::None && clsact::add_qdisc(netlink, index)?;
+    let made = qdisc == Qdisc::None
+        && clsact::add_qdisc(netlink, index)
+            .map_err(gone_or_refused("clsact qdisc (RTM_NEWQDISC)"))?;
     let owns_qdisc = made || ingress.is_left || egress.is_left;
     let outcome =
         add_filter(netlink, ebpf, index, Hook::Ingress, ingress.priority).and_then(|one| {
@@ -421,7 +423,7 @@ struct Place {
 
 fn priority(netlink: &mut Netlink, index: u32, hook: Hook) -> Result<Place, AttachError> {
     // Programs on TCX run before all filters.
-    if !tcx::programs(index, hook).map_err(gone_or_refused)?.is_empty() {
+    if !tcx::programs(index, hook).map_err(gone_or_refused("BPF_PROG_QUERY"))?.is_empty() {
         return Err(AttachError::Shared);
     }
     let found = clsact::filters(netlink, index, hook)?;
@@ -444,7 +446,7 @@ fn add_filter(
         match error.raw_os_error() {
             // The filters belong to a block that several devices share.
             Some(libc::EOPNOTSUPP) => AttachError::Shared,
-            _ => gone_or_refused(error),
+            _ => gone_or_refused("filter (RTM_NEWTFILTER)")(error),
         }
     })?;
     let held = Held { hook, program: id, way: Way::Filter(key) };
@@ -546,15 +548,19 @@ fn program(ebpf: &mut Ebpf, hook: Hook) -> Result<&mut SchedClassifier, AttachEr
 
 /// The present name of a device. (This ioctl works on any socket.)
 fn name(netlink: &Netlink, index: u32) -> Result<String, AttachError> {
-    index_to_name(netlink, index).map_err(|error| gone_or_refused(error.into()))
+    index_to_name(netlink, index)
+        .map_err(|error| gone_or_refused("name (SIOCGIFNAME)")(error.into()))
 }
 
 fn is_gone(error: &io::Error) -> bool {
     error.raw_os_error() == Some(Errno::NODEV.raw_os_error())
 }
 
-fn gone_or_refused(error: io::Error) -> AttachError {
-    if is_gone(&error) { AttachError::Gone } else { AttachError::Kernel(error) }
+fn gone_or_refused(what: &str) -> impl FnOnce(io::Error) -> AttachError {
+    move |error| match is_gone(&error) {
+        true => AttachError::Gone,
+        false => AttachError::Kernel(context(what)(error)),
+    }
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-use super::super::netlink::{Answer, Body, Netlink};
+use super::super::netlink::{Answer, Body, Netlink, context};
 use super::Hook;
 
 /// Length of tcmsg, in bytes.
@@ -75,7 +75,8 @@ pub(super) fn free_priority(found: &[Found], hook: Hook) -> Option<u16> {
 /// All filters on a hook, in the order in which they are asked.
 pub(super) fn filters(netlink: &mut Netlink, index: u32, hook: Hook) -> io::Result<Vec<Found>> {
     let body = Body::new(&tcmsg(index, 0, hook.parent(), 0));
-    let answers = netlink.dump(libc::RTM_GETTFILTER, &body)?;
+    let answers =
+        netlink.dump(libc::RTM_GETTFILTER, &body).map_err(context("filters (RTM_GETTFILTER)"))?;
     let answers = answers.iter().filter(|answer| answer.kind == libc::RTM_NEWTFILTER);
     let all: io::Result<Vec<Found>> = answers.map(found).collect();
     // Each priority also has an entry of its own, without handle.
@@ -125,7 +126,7 @@ pub(super) fn add(
 /// Removes a filter. Fine if it is gone, with its device or without.
 pub(super) fn remove(netlink: &mut Netlink, index: u32, hook: Hook, key: Key) -> io::Result<()> {
     let outcome = netlink.request(libc::RTM_DELTFILTER, 0, &filter(index, hook, key));
-    unless_gone(outcome.map(drop))
+    unless_gone(outcome.map(drop)).map_err(context("filter (RTM_DELTFILTER)"))
 }
 
 /// What a device has in the place of a clsact qdisc.
@@ -141,7 +142,9 @@ pub(super) enum Qdisc {
 pub(super) fn qdisc(netlink: &mut Netlink, index: u32) -> io::Result<Qdisc> {
     // The list of all devices: asking for one makes the kernel tell everybody who listens for
     // changes (`qdisc_get_notify`).
-    let answers = netlink.dump(libc::RTM_GETQDISC, &Body::new(&tcmsg(index, 0, 0, 0)))?;
+    let body = Body::new(&tcmsg(index, 0, 0, 0));
+    let answers =
+        netlink.dump(libc::RTM_GETQDISC, &body).map_err(context("qdiscs (RTM_GETQDISC)"))?;
     for answer in answers.iter().filter(|answer| answer.kind == libc::RTM_NEWQDISC) {
         let header = Tcmsg::of(answer)?;
         if (header.index, header.parent) == (index, QDISC_PARENT) {
@@ -174,7 +177,8 @@ pub(super) fn remove_empty_qdisc(netlink: &mut Netlink, index: u32) -> io::Resul
     if qdisc(netlink, index)? != Qdisc::Clsact {
         return Ok(());
     }
-    unless_gone(netlink.request(libc::RTM_DELQDISC, 0, &clsact(index)).map(drop))
+    let outcome = netlink.request(libc::RTM_DELQDISC, 0, &clsact(index));
+    unless_gone(outcome.map(drop)).map_err(context("clsact qdisc (RTM_DELQDISC)"))
 }
 
 fn unless_gone(outcome: io::Result<()>) -> io::Result<()> {
