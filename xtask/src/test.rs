@@ -33,6 +33,7 @@ const SUITES: &[(Tier, &str)] = &[
     (Tier::Kernel, "inject"),
     (Tier::Kernel, "conntrack"),
     (Tier::Kernel, "ports"),
+    (Tier::Kernel, "devices"),
     (Tier::Kernel, "hosts"),
     (Tier::Kernel, "check"),
     (Tier::Kube, "apiserver_smoke"),

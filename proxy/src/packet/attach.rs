@@ -6,67 +6,24 @@
 //! All calls belong to the network namespace of the calling thread.
 
 mod clsact;
+mod hook;
+mod pins;
 mod tcx;
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use aya::Ebpf;
-use aya::programs::{ProgramError, SchedClassifier, TcAttachType};
-use proxy_common::names;
+use aya::programs::{ProgramError, SchedClassifier};
 use rustix::io::Errno;
 use rustix::net::netdevice::index_to_name;
 
 use self::clsact::Qdisc;
+use self::hook::Hook;
 use super::devices::{self, Device};
 use super::netlink::{Netlink, context};
-
-/// Where a program sees packets.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Hook {
-    Ingress,
-    Egress,
-}
-
-impl Hook {
-    const ALL: [Self; 2] = [Self::Ingress, Self::Egress];
-
-    /// The program that belongs there.
-    fn program(self) -> &'static str {
-        match self {
-            Self::Ingress => names::GATE_INGRESS,
-            Self::Egress => names::GATE_EGRESS,
-        }
-    }
-
-    /// The name of our filters: shown by `tc filter show`, and what we know them by.
-    fn filter(self) -> &'static str {
-        match self {
-            Self::Ingress => "steward-tcp-proxy/packet_ingress",
-            Self::Egress => "steward-tcp-proxy/packet_egress",
-        }
-    }
-
-    /// TC_H_MIN_INGRESS and TC_H_MIN_EGRESS of a clsact qdisc.
-    fn parent(self) -> u32 {
-        match self {
-            Self::Ingress => 0xffff_fff2,
-            Self::Egress => 0xffff_fff3,
-        }
-    }
-}
-
-impl From<Hook> for TcAttachType {
-    fn from(hook: Hook) -> Self {
-        match hook {
-            Hook::Ingress => Self::Ingress,
-            Hook::Egress => Self::Egress,
-        }
-    }
-}
 
 /// Why a device got no programs. Nothing on it was changed.
 #[derive(Debug, thiserror::Error)]
@@ -180,7 +137,8 @@ impl Attachments {
     }
 
     /// Attaches both programs, which are loaded, in front of all others. On a device that has
-    /// them already: does so anew if [`Self::missing`] lists it, else nothing.
+    /// them already: does so anew if [`Self::missing`] lists it, else nothing. (Anew means off and
+    /// on again: the kernel takes a program only once on a hook.)
     ///
     /// # Errors
     /// See [`AttachError`]; the device is then as it was before, without programs of ours.
@@ -250,7 +208,7 @@ impl Attachments {
         }
         if let Some(dir) = dir {
             self.pin(dir)?;
-            adopted.removed += remove_pins(dir, |path| self.holds_pin(path))?;
+            adopted.removed += pins::remove(dir, |path| self.holds_pin(path))?;
         }
         let mut netlink = Netlink::open()?;
         for index in devices::indices(&mut netlink)? {
@@ -311,9 +269,7 @@ impl Attachment {
     fn pin(&mut self, index: u32, dir: &Path) -> io::Result<()> {
         for held in &mut self.hooks {
             if let Way::Tcx { link, pin: pin @ None } = &mut held.way {
-                // No two programs have one number, so no earlier process has used this name.
-                let name = format!("{}-{index}-{}", held.hook.program(), held.program);
-                let path = dir.join(name);
+                let path = pins::path(dir, held.hook, index, held.program);
                 tcx::pin(link, &path).map_err(context(path.display()))?;
                 *pin = Some(path);
             }
@@ -327,7 +283,7 @@ impl Attachment {
         let mut has_filters = false;
         for held in self.hooks {
             outcome = outcome.and(match held.way {
-                Way::Tcx { link, pin } => unpin(pin.as_deref()).and(tcx::detach(link)),
+                Way::Tcx { link, pin } => pins::unpin(pin.as_deref()).and(tcx::detach(link)),
                 Way::Filter(key) => {
                     has_filters = true;
                     clsact::remove(netlink, index, held.hook, key)
@@ -348,7 +304,7 @@ impl Attachment {
 /// # Errors
 /// The kernel refuses; some may be removed.
 pub fn remove_all(dir: Option<&Path>) -> io::Result<usize> {
-    let mut removed = dir.map_or(Ok(0), |dir| remove_pins(dir, |_| false))?;
+    let mut removed = dir.map_or(Ok(0), |dir| pins::remove(dir, |_| false))?;
     let mut netlink = Netlink::open()?;
     for index in devices::indices(&mut netlink)? {
         let filters = remove_filters(&mut netlink, index, |_, _| false)?;
@@ -388,7 +344,9 @@ fn attach_by_filters(
     // Looked at before anything is changed.
     let ingress = priority(netlink, index, Hook::Ingress)?;
     let egress = priority(netlink, index, Hook::Egress)?;
-    let made = qdisc == Qdisc::None && clsact::add_qdisc(netlink, index)?;
+    let made = qdisc == Qdisc::None
+        && clsact::add_qdisc(netlink, index)
+            .map_err(gone_or_refused("clsact qdisc (RTM_NEWQDISC)"))?;
     let owns_qdisc = made || ingress.is_left || egress.is_left;
     let outcome =
         add_filter(netlink, ebpf, index, Hook::Ingress, ingress.priority).and_then(|one| {
@@ -420,7 +378,7 @@ struct Place {
 
 fn priority(netlink: &mut Netlink, index: u32, hook: Hook) -> Result<Place, AttachError> {
     // Programs on TCX run before all filters.
-    if !tcx::programs(index, hook).map_err(gone_or_refused)?.is_empty() {
+    if !tcx::programs(index, hook).map_err(gone_or_refused("BPF_PROG_QUERY"))?.is_empty() {
         return Err(AttachError::Shared);
     }
     let found = clsact::filters(netlink, index, hook)?;
@@ -443,7 +401,7 @@ fn add_filter(
         match error.raw_os_error() {
             // The filters belong to a block that several devices share.
             Some(libc::EOPNOTSUPP) => AttachError::Shared,
-            _ => gone_or_refused(error),
+            _ => gone_or_refused("filter (RTM_NEWTFILTER)")(error),
         }
     })?;
     let held = Held { hook, program: id, way: Way::Filter(key) };
@@ -483,46 +441,6 @@ fn remove_filters(
     Ok(removed)
 }
 
-/// Ends the links pinned in a folder, except those to keep. How many. A folder that does not
-/// exist has none.
-fn remove_pins(dir: &Path, is_kept: impl Fn(&Path) -> bool) -> io::Result<usize> {
-    let entries = match fs::read_dir(dir) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(0),
-        other => other.map_err(context(dir.display()))?,
-    };
-    let mut removed = 0;
-    for entry in entries {
-        let path = entry?.path();
-        if !is_pin(&path) || is_kept(&path) {
-            continue;
-        }
-        // At once, and not when a process that still has it open ends.
-        tcx::open(&path).and_then(tcx::detach).map_err(context(path.display()))?;
-        fs::remove_file(&path).map_err(context(path.display()))?;
-        removed += 1;
-    }
-    Ok(removed)
-}
-
-/// Whether it has a name that [`Attachment::pin`] makes.
-fn is_pin(path: &Path) -> bool {
-    let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-    Hook::ALL.iter().any(|hook| {
-        let numbers = name.strip_prefix(hook.program()).and_then(|rest| rest.strip_prefix('-'));
-        let numbers = numbers.and_then(|numbers| numbers.split_once('-'));
-        numbers.is_some_and(|(index, program)| {
-            index.parse::<u32>().is_ok() && program.parse::<u32>().is_ok()
-        })
-    })
-}
-
-fn unpin(path: Option<&Path>) -> io::Result<()> {
-    match path.map(fs::remove_file) {
-        Some(Err(error)) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
-    }
-}
-
 fn is_in_place(netlink: &mut Netlink, index: u32, attachment: &Attachment) -> bool {
     attachment.hooks.iter().all(|held| {
         let programs = tcx::programs(index, held.hook);
@@ -545,28 +463,17 @@ fn program(ebpf: &mut Ebpf, hook: Hook) -> Result<&mut SchedClassifier, AttachEr
 
 /// The present name of a device. (This ioctl works on any socket.)
 fn name(netlink: &Netlink, index: u32) -> Result<String, AttachError> {
-    index_to_name(netlink, index).map_err(|error| gone_or_refused(error.into()))
+    index_to_name(netlink, index)
+        .map_err(|error| gone_or_refused("name (SIOCGIFNAME)")(error.into()))
 }
 
 fn is_gone(error: &io::Error) -> bool {
     error.raw_os_error() == Some(Errno::NODEV.raw_os_error())
 }
 
-fn gone_or_refused(error: io::Error) -> AttachError {
-    if is_gone(&error) { AttachError::Gone } else { AttachError::Kernel(error) }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_our_own_pins_are_known() {
-        for ours in ["/a/packet_ingress-3-17", "packet_egress-12-4000000000"] {
-            assert!(is_pin(Path::new(ours)), "{ours}");
-        }
-        for other in ["/a/packet_ingress", "packet_ingress-3", "packet_egress-x-1", "STAGES", "/"] {
-            assert!(!is_pin(Path::new(other)), "{other}");
-        }
+fn gone_or_refused(what: &str) -> impl FnOnce(io::Error) -> AttachError {
+    move |error| match is_gone(&error) {
+        true => AttachError::Gone,
+        false => AttachError::Kernel(context(what)(error)),
     }
 }

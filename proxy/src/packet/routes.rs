@@ -43,20 +43,19 @@ pub fn towards(netlink: &mut Netlink, destination: IpAddr, source: IpAddr) -> io
 }
 
 fn find(netlink: &mut Netlink, destination: IpAddr, source: Option<IpAddr>) -> io::Result<Hop> {
-    let answers = match netlink.request(libc::RTM_GETROUTE, 0, &question(destination, source)) {
-        // The source is not ours.
-        Err(error) if source.is_some() && error.raw_os_error() == Some(libc::EINVAL) => {
-            netlink.request(libc::RTM_GETROUTE, 0, &question(destination, None))
+    let route = match ask(netlink, destination, source) {
+        // IPv4 has no answer for a source that is not ours; but a refusal that is meant for a
+        // source of ours must stand. (Kernels differ in how they say it.)
+        Err(_) if source.is_some_and(|source| !is_ours(netlink, source)) => {
+            ask(netlink, destination, None)
         }
         other => other,
     };
-    let answers = answers.map_err(|error| match error.raw_os_error() {
+    let route = route.map_err(|error| match error.raw_os_error() {
         // Routes of type blackhole and prohibit.
         Some(libc::EINVAL | libc::EACCES) => Errno::HOSTUNREACH.into(),
         _ => error,
     })?;
-    let answer = answers.iter().find(|answer| answer.kind == libc::RTM_NEWROUTE);
-    let route = Route::from_answer(answer.ok_or(io::ErrorKind::InvalidData)?)?;
     let is_local = match route.kind {
         libc::RTN_UNICAST => false,
         libc::RTN_LOCAL => true,
@@ -66,6 +65,16 @@ fn find(netlink: &mut Netlink, destination: IpAddr, source: Option<IpAddr>) -> i
     let device = devices::mtu(netlink, ifindex)?;
     let mtu = route.mtu.filter(|&mtu| mtu > 0).map_or(device, |mtu| mtu.min(device));
     Ok(Hop { ifindex, mtu, is_local })
+}
+
+fn ask(netlink: &mut Netlink, destination: IpAddr, source: Option<IpAddr>) -> io::Result<Route> {
+    let answers = netlink.request(libc::RTM_GETROUTE, 0, &question(destination, source))?;
+    let answer = answers.iter().find(|answer| answer.kind == libc::RTM_NEWROUTE);
+    Route::from_answer(answer.ok_or(io::ErrorKind::InvalidData)?)
+}
+
+fn is_ours(netlink: &mut Netlink, ip: IpAddr) -> bool {
+    ask(netlink, ip, None).is_ok_and(|route| route.kind == libc::RTN_LOCAL)
 }
 
 fn question(destination: IpAddr, source: Option<IpAddr>) -> Body {

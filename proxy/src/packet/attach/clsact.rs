@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-use super::super::netlink::{Answer, Body, Netlink};
+use super::super::netlink::{Answer, Body, Netlink, context};
 use super::Hook;
 
 /// Length of tcmsg, in bytes.
@@ -75,7 +75,8 @@ pub(super) fn free_priority(found: &[Found], hook: Hook) -> Option<u16> {
 /// All filters on a hook, in the order in which they are asked.
 pub(super) fn filters(netlink: &mut Netlink, index: u32, hook: Hook) -> io::Result<Vec<Found>> {
     let body = Body::new(&tcmsg(index, 0, hook.parent(), 0));
-    let answers = netlink.dump(libc::RTM_GETTFILTER, &body)?;
+    let answers =
+        netlink.dump(libc::RTM_GETTFILTER, &body).map_err(context("filters (RTM_GETTFILTER)"))?;
     let answers = answers.iter().filter(|answer| answer.kind == libc::RTM_NEWTFILTER);
     let all: io::Result<Vec<Found>> = answers.map(found).collect();
     // Each priority also has an entry of its own, without handle.
@@ -83,17 +84,14 @@ pub(super) fn filters(netlink: &mut Netlink, index: u32, hook: Hook) -> io::Resu
 }
 
 fn found(answer: &Answer) -> io::Result<Found> {
-    let header = answer.header(TCMSG)?;
-    let number = |at: usize| {
-        u32::from_ne_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]])
-    };
+    let header = Tcmsg::of(answer)?;
     let attributes = answer.attributes(TCMSG);
     let kind = attributes.text(libc::TCA_KIND).unwrap_or_default();
     let (name, program) = match attributes.nest(libc::TCA_OPTIONS) {
         bpf if kind == "bpf" => (bpf.text(options::NAME), bpf.u32(options::ID)),
         _ => (None, None),
     };
-    let key = Key { priority: (number(16) >> 16) as u16, handle: number(8) };
+    let key = Key { priority: (header.info >> 16) as u16, handle: header.handle };
     let chain = attributes.u32(libc::TCA_CHAIN).unwrap_or_default();
     Ok(Found { key, chain, name: name.unwrap_or_default(), program })
 }
@@ -128,7 +126,7 @@ pub(super) fn add(
 /// Removes a filter. Fine if it is gone, with its device or without.
 pub(super) fn remove(netlink: &mut Netlink, index: u32, hook: Hook, key: Key) -> io::Result<()> {
     let outcome = netlink.request(libc::RTM_DELTFILTER, 0, &filter(index, hook, key));
-    unless_gone(outcome.map(drop))
+    unless_gone(outcome.map(drop)).map_err(context("filter (RTM_DELTFILTER)"))
 }
 
 /// What a device has in the place of a clsact qdisc.
@@ -142,20 +140,20 @@ pub(super) enum Qdisc {
 
 /// What sits there now.
 pub(super) fn qdisc(netlink: &mut Netlink, index: u32) -> io::Result<Qdisc> {
-    let body = Body::new(&tcmsg(index, 0, QDISC_PARENT, 0));
-    let answers = match netlink.request(libc::RTM_GETQDISC, 0, &body) {
-        // The kernel says so of a place that is empty, or was used before.
-        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EINVAL)) => {
-            return Ok(Qdisc::None);
+    // The list of all devices: asking for one makes the kernel tell everybody who listens for
+    // changes (`qdisc_get_notify`).
+    let body = Body::new(&tcmsg(index, 0, 0, 0));
+    let answers =
+        netlink.dump(libc::RTM_GETQDISC, &body).map_err(context("qdiscs (RTM_GETQDISC)"))?;
+    for answer in answers.iter().filter(|answer| answer.kind == libc::RTM_NEWQDISC) {
+        let header = Tcmsg::of(answer)?;
+        if (header.index, header.parent) == (index, QDISC_PARENT) {
+            let kind = answer.attributes(TCMSG).text(libc::TCA_KIND);
+            let is_clsact = kind.as_deref() == Some("clsact");
+            return Ok(if is_clsact { Qdisc::Clsact } else { Qdisc::Other });
         }
-        other => other?,
-    };
-    let kind = answers.first().and_then(|answer| answer.attributes(TCMSG).text(libc::TCA_KIND));
-    Ok(match kind.as_deref() {
-        Some("clsact") => Qdisc::Clsact,
-        Some(_) => Qdisc::Other,
-        None => Qdisc::None,
-    })
+    }
+    Ok(Qdisc::None)
 }
 
 /// Makes the qdisc. False: there is one already.
@@ -176,10 +174,11 @@ pub(super) fn remove_empty_qdisc(netlink: &mut Netlink, index: u32) -> io::Resul
             return Ok(());
         }
     }
-    if qdisc(netlink, index).is_ok_and(|qdisc| qdisc != Qdisc::Clsact) {
+    if qdisc(netlink, index)? != Qdisc::Clsact {
         return Ok(());
     }
-    unless_gone(netlink.request(libc::RTM_DELQDISC, 0, &clsact(index)).map(drop))
+    let outcome = netlink.request(libc::RTM_DELQDISC, 0, &clsact(index));
+    unless_gone(outcome.map(drop)).map_err(context("clsact qdisc (RTM_DELQDISC)"))
 }
 
 fn unless_gone(outcome: io::Result<()>) -> io::Result<()> {
@@ -201,6 +200,22 @@ fn clsact(index: u32) -> Body {
 fn filter(index: u32, hook: Hook, key: Key) -> Body {
     let info = u32::from(key.priority) << 16 | u32::from(ETH_P_ALL.to_be());
     Body::new(&tcmsg(index, key.handle, hook.parent(), info)).with_text(libc::TCA_KIND, "bpf")
+}
+
+/// What we read of struct tcmsg.
+struct Tcmsg {
+    index: u32,
+    handle: u32,
+    parent: u32,
+    info: u32,
+}
+
+impl Tcmsg {
+    fn of(answer: &Answer) -> io::Result<Self> {
+        let numbers = answer.header(TCMSG)?[4..].as_chunks::<4>().0;
+        let number = |at: usize| u32::from_ne_bytes(numbers[at]);
+        Ok(Self { index: number(0), handle: number(1), parent: number(2), info: number(3) })
+    }
 }
 
 /// struct tcmsg: family and padding, then index, handle, parent, info.

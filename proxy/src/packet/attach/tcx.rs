@@ -86,11 +86,7 @@ pub(super) fn open(path: &Path) -> io::Result<OwnedFd> {
 pub(super) fn detach(link: impl AsFd) -> io::Result<()> {
     let mut words = [link.as_fd().as_raw_fd() as u32, 0];
     // SAFETY: there are no pointers in this one.
-    match unsafe { bpf(LINK_DETACH, &mut words) } {
-        // The device is gone.
-        Err(error) if error.raw_os_error() != Some(libc::ENOLINK) => Err(error),
-        _ => Ok(()),
-    }
+    unsafe { bpf(LINK_DETACH, &mut words) }.map(drop)
 }
 
 // linux/bpf.h, enum bpf_cmd.
