@@ -29,6 +29,8 @@ const SUITES: &[(Tier, &str)] = &[
     (Tier::Contract, "contract"),
     (Tier::Kernel, "observer"),
     (Tier::Kernel, "hosts"),
+    (Tier::Kernel, "wires"),
+    (Tier::Kernel, "bad_wires"),
     (Tier::Kernel, "check"),
     (Tier::Kube, "apiserver_smoke"),
     (Tier::Kube, "endpoints_real"),
