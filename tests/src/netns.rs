@@ -162,7 +162,8 @@ impl Wire {
             let IpAddr::V6(ip) = self.v6(end) else { unreachable!("v6 is IPv6") };
             let digits: String = ip.octets().iter().map(|byte| format!("{byte:02x}")).collect();
             until(&format!("{ip} is {}'s own", host.name), || {
-                let routes = host.run(|| std::fs::read_to_string("/proc/thread-self/net/ipv6_route"));
+                let routes =
+                    host.run(|| std::fs::read_to_string("/proc/thread-self/net/ipv6_route"));
                 routes.expect("readable").lines().any(|line| is_local(line, &digits))
             });
         }
