@@ -110,6 +110,8 @@ impl BadWire {
             host.plug(net, end);
             Arc::new(tap)
         });
+        let wire = Wire::numbered(net);
+        wire.settle(one, other);
         let stop = Arc::new(eventfd(0, EventfdFlags::CLOEXEC).expect("an eventfd"));
         let harm = Arc::new(Counters::default());
         let carry = |from: &Arc<File>, to: &Arc<File>, seed| {
@@ -127,7 +129,7 @@ impl BadWire {
         };
         let carriers =
             vec![carry(&left, &right, seed), carry(&right, &left, seed.rotate_left(32) ^ 1)];
-        Self { wire: Wire::numbered(net), harm, stop, carriers }
+        Self { wire, harm, stop, carriers }
     }
 
     /// Names and addresses.

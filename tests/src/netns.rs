@@ -11,6 +11,8 @@ use std::thread::JoinHandle;
 
 use rustix::thread::{UnshareFlags, gettid, unshare_unsafe};
 
+use crate::wait::until;
+
 type Job = Box<dyn FnOnce() + Send>;
 
 /// One host. Dropping it ends its thread; processes started in it end with that thread.
@@ -117,7 +119,9 @@ impl Host {
         self.ip(&format!("link add wire{net} type veth peer name wire{net} netns {peer}"));
         self.plug(net, 1);
         other.plug(net, 2);
-        Wire { net }
+        let wire = Wire { net };
+        wire.settle(self, other);
+        wire
     }
 
     /// Gives this host's device of wire `net` the addresses of its end, and takes it up.
@@ -150,6 +154,21 @@ impl Wire {
         Self { net }
     }
 
+    /// Waits until each host knows its IPv6 address as its own: the kernel adds that route some
+    /// time after the device is up, and looks for the address on the wire until then.
+    #[track_caller]
+    pub(crate) fn settle(self, one: &Host, other: &Host) {
+        for (host, end) in [(one, 1), (other, 2)] {
+            let IpAddr::V6(ip) = self.v6(end) else { unreachable!("v6 is IPv6") };
+            let digits: String = ip.octets().iter().map(|byte| format!("{byte:02x}")).collect();
+            until(&format!("{ip} is {}'s own", host.name), || {
+                let routes =
+                    host.run(|| std::fs::read_to_string("/proc/thread-self/net/ipv6_route"));
+                routes.expect("readable").lines().any(|line| is_local(line, &digits))
+            });
+        }
+    }
+
     /// The name of the device at either end.
     #[must_use]
     pub fn device(self) -> String {
@@ -169,6 +188,15 @@ impl Wire {
         let net = u16::from_str_radix(&self.net.to_string(), 16).expect("digits");
         Ipv6Addr::new(0xfd00, net, 0, 0, 0, 0, 0, u16::from(end)).into()
     }
+}
+
+/// Whether this line of `/proc/net/ipv6_route` says that the address is the host's own. Its
+/// columns are destination, prefix length, source, prefix length, next hop, metric, references,
+/// uses, flags and device; RTF_LOCAL is the highest flag.
+fn is_local(line: &str, digits: &str) -> bool {
+    let columns: Vec<&str> = line.split_whitespace().collect();
+    let flags = columns.get(8).and_then(|flags| u32::from_str_radix(flags, 16).ok());
+    columns[..2] == [digits, "80"] && flags.is_some_and(|flags| flags & 0x8000_0000 != 0)
 }
 
 #[cfg(test)]

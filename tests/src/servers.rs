@@ -165,7 +165,9 @@ impl Blackhole {
             // The client's end may go: what was established stays in the queue.
             match TcpStream::connect_timeout(&upstream.address, swallowed) {
                 Ok(_) => {}
-                Err(e) if e.kind() == ErrorKind::TimedOut => return Self { upstream, fillers },
+                Err(e) if e.kind() == ErrorKind::TimedOut && fillers > 0 => {
+                    return Self { upstream, fillers };
+                }
                 Err(error) => panic!("filling the queue of {}: {error}", upstream.address),
             }
         }

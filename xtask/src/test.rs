@@ -35,6 +35,8 @@ const SUITES: &[(Tier, &str)] = &[
     (Tier::Kernel, "ports"),
     (Tier::Kernel, "devices"),
     (Tier::Kernel, "hosts"),
+    (Tier::Kernel, "wires"),
+    (Tier::Kernel, "bad_wires"),
     (Tier::Kernel, "check"),
     (Tier::Kube, "apiserver_smoke"),
     (Tier::Kube, "endpoints_real"),
