@@ -15,6 +15,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
+use rustix::process::{getpid, set_child_subreaper};
 use serde_json::json;
 
 use crate::lab::{self, Host, Lab};
@@ -110,6 +111,8 @@ pub fn run(flags: &Flags) -> Result<()> {
         return build_and_go_on();
     }
     let begun = Instant::now();
+    // What proxies leave behind is ours to collect: in a container there may be no one else.
+    set_child_subreaper(Some(getpid()))?;
     let runtime = tokio::runtime::Runtime::new()?;
     let _entered = runtime.enter();
     let span =

@@ -24,8 +24,8 @@ enum Verb {
     BuildEbpf(build_ebpf::Flags),
     /// Set up, then relay real HTTPS traffic and compare it with the direct way; no cluster needed
     Demo(demo::Flags),
-    /// Compare engines and other proxies with the direct way in one run (root; nginx and HAProxy
-    /// take part where they are installed)
+    /// Compare engines and other proxies with the direct way in one run (root; nginx, HAProxy and
+    /// Envoy take part where they are installed)
     Bench(bench::Flags),
     /// Set up, then run format, lints, documentation and all tests
     Test(test::Flags),

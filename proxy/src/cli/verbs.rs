@@ -75,7 +75,7 @@ pub struct KillFlags {
     #[arg(value_name = "ID")]
     pub ids: Vec<String>,
 
-    /// Those of one client: 192.0.2.1, 192.0.2.1:40000, 2001:db8::1 or [2001:db8::1]:40000
+    /// Those of one client: of an address, or with its port just that one; of IPv6 in brackets
     #[arg(long, value_name = "IP[:PORT]")]
     pub client: Option<Client>,
 

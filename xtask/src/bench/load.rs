@@ -7,7 +7,8 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
@@ -67,20 +68,43 @@ pub struct Figures {
     pub cpu_seconds: f64,
 }
 
-/// Serves as long as this process lives, a thread for each connection. The threads are on the
-/// host that calls this.
+/// Serves as long as this process lives, on as many threads as there were connections at once:
+/// a new one for each would be what a connection costs. They are on the host that calls this.
 ///
 /// # Errors
 /// The address cannot be bound.
 pub fn serve(address: SocketAddr) -> Result<()> {
     let listener = TcpListener::bind(address).with_context(|| format!("listen on {address}"))?;
-    std::thread::Builder::new().name("server".to_owned()).spawn(move || {
-        for stream in listener.incoming().flatten() {
-            // A connection that fails ends its thread; its client tells why.
-            let _ = std::thread::Builder::new().spawn(move || serve_one(stream));
-        }
-    })?;
+    let server = Arc::new(Server { listener, idle: AtomicUsize::new(0) });
+    server.hire()?;
     Ok(())
+}
+
+struct Server {
+    listener: TcpListener,
+    /// Threads that wait for a connection.
+    idle: AtomicUsize,
+}
+
+impl Server {
+    fn hire(self: &Arc<Self>) -> std::io::Result<()> {
+        let server = Arc::clone(self);
+        self.idle.fetch_add(1, Ordering::Relaxed);
+        std::thread::Builder::new().name("server".to_owned()).spawn(move || server.work())?;
+        Ok(())
+    }
+
+    fn work(self: &Arc<Self>) {
+        while let Ok((stream, _)) = self.listener.accept() {
+            if self.idle.fetch_sub(1, Ordering::Relaxed) == 1 {
+                // Without one more thread the next client waits, and tells of it.
+                let _ = self.hire();
+            }
+            // The client of a connection that fails tells why.
+            let _ = serve_one(stream);
+            self.idle.fetch_add(1, Ordering::Relaxed);
+        }
+    }
 }
 
 fn serve_one(mut stream: TcpStream) -> std::io::Result<()> {

@@ -114,9 +114,14 @@ impl Tables<'_> {
         self.rows.iter().find(|row| row.name == name)
     }
 
+    /// By its ratio to the direct way, which noise moves less than the figure itself.
     fn best_peer(&self, cell: &Cell) -> Option<&Row> {
         let peers = self.rows.iter().filter(|row| PEERS.contains(&row.name));
-        let known = peers.filter_map(|row| Some((row, row.median(cell)?)));
+        let figure = |row: &Row| match self.row("direct") {
+            Some(direct) => row.ratio(direct, cell),
+            None => row.median(cell),
+        };
+        let known = peers.filter_map(|row| Some((row, figure(row)?)));
         let best = |a: &(&Row, f64), b: &(&Row, f64)| {
             let order = a.1.total_cmp(&b.1);
             if cell.is_rate { order } else { order.reverse() }

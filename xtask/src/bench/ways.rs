@@ -124,6 +124,10 @@ impl Starter<'_> {
         let mut command = Command::new(program);
         let text = match self.name {
             "nginx" => {
+                // Its workers outlive a master that is killed. In a namespace of processes they
+                // end with it, whichever way that happens.
+                command = Command::new("unshare");
+                command.args(["--pid", "--fork", "--kill-child"]).arg(program);
                 command.arg("-c").arg(&file).args(["-g", "daemon off;"]);
                 nginx(folder.path(), &workers, self.address(), self.origin())
             }
