@@ -9,7 +9,7 @@ use proxy::packet::conntrack::{Conntrack, Tuple, original_destination};
 use proxy::packet::inject::{Injector, Segment};
 use proxy_tests::netns::{Host, Wire};
 use proxy_tests::segments::{Capture, numbers, vanish};
-use proxy_tests::wait::{BOUND, eventually};
+use proxy_tests::wait::{BOUND, until};
 
 const SERVICE_PORT: u16 = 443;
 const RST: u8 = 1 << 2;
@@ -124,7 +124,7 @@ fn an_entry_is_found_by_either_tuple_refreshed_and_deleted() {
         assert!(!conntrack.delete(original).expect("orders"), "gone already");
         assert!(!conntrack.refresh(reply, BOUND).expect("orders"));
         assert_eq!(conntrack.find(reply.source, reply.destination).expect("asks"), None);
-        eventually("the count is back", || hosts.count() == start);
+        until("the count is back", || hosts.count() == start);
         vanish(client);
         vanish(server);
     }
@@ -209,7 +209,7 @@ fn a_refreshed_entry_translates_numbers_that_it_has_not_seen() {
             timestamps: None,
         };
         let capture = Capture::new(&hosts.client);
-        let mut source = || {
+        let source = || {
             injector.reset(&later).expect("sends");
             capture.next(|seen| seen.flags & RST != 0).source
         };
