@@ -9,7 +9,7 @@ use proxy::packet::conntrack::{Conntrack, Tuple, original_destination};
 use proxy::packet::inject::{Injector, Segment};
 use proxy_tests::netns::{Host, Wire};
 use proxy_tests::segments::{Capture, numbers, vanish};
-use proxy_tests::wait::{BOUND, until};
+use proxy_tests::wait::{BOUND, eventually, until};
 
 const SERVICE_PORT: u16 = 443;
 const RST: u8 = 1 << 2;
@@ -55,13 +55,19 @@ impl Hosts {
         [self.wire.v4(2), self.wire.v6(2)]
     }
 
+    /// Not at the first attempt if a program that another test is just starting still holds a
+    /// copy of the last listener.
+    fn listen(&self, address: SocketAddr) -> TcpListener {
+        eventually("the port is free", || self.node.run(move || TcpListener::bind(address)).ok())
+    }
+
     fn connect(&self, listener: &TcpListener, to: SocketAddr) -> (TcpStream, TcpStream) {
         let client = self.client.run(move || TcpStream::connect_timeout(&to, BOUND));
         (client.expect("connects"), listener.accept().expect("accepts").0)
     }
 
     fn connect_to_service(&self, node: IpAddr) -> Translated {
-        let listener = self.node.run(move || TcpListener::bind((node, 6443))).expect("binds");
+        let listener = self.listen(SocketAddr::new(node, 6443));
         let service = service(node);
         let (client, server) = self.connect(&listener, service);
         Translated { client, server, service }
@@ -167,7 +173,7 @@ fn the_original_destination_is_that_of_translated_connections_only() {
     for (bind, nodes) in
         [(everywhere, &hosts.families()[..]), (four, &[four.ip()]), (six, &[six.ip()])]
     {
-        let listener = hosts.node.run(move || TcpListener::bind(bind)).expect("binds");
+        let listener = hosts.listen(bind);
         for node in nodes {
             let (_client, server) = hosts.connect(&listener, service(*node));
             let asked = original_destination(&server).expect("asks");

@@ -32,7 +32,7 @@ fn release(host: &Host, note: Option<&Path>) {
 /// How many of 2,000 ports that the kernel chose for connections are in the upper half.
 fn chosen_in_the_upper_half(host: &Host) -> usize {
     host.run(|| {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 1000)).expect("binds");
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("binds");
         let to = listener.local_addr().expect("bound");
         let choose = |_: &usize| {
             let stream = TcpStream::connect(to).expect("connects");

@@ -105,7 +105,7 @@ impl Injector {
     /// (net.ipv4.tcp_invalid_ratelimit).
     ///
     /// The timestamp's value must not be older than the last one the receiver saw: recent kernels
-    /// (6.18, not 6.1) drop a bare ACK with an older one without a word
+    /// (seen on 6.18) drop a bare ACK with an older one without a word
     /// (`tcp_disordered_ack_check`). If that one is not known, leave the option out; Linux answers
     /// all the same.
     ///
