@@ -9,7 +9,7 @@ use proxy::packet::conntrack::{Conntrack, Tuple, original_destination};
 use proxy::packet::inject::{Injector, Segment};
 use proxy_tests::netns::{Host, Wire};
 use proxy_tests::segments::{Capture, numbers, vanish};
-use proxy_tests::wait::{BOUND, eventually};
+use proxy_tests::wait::{BOUND, eventually, until};
 
 const SERVICE_PORT: u16 = 443;
 const RST: u8 = 1 << 2;
@@ -55,13 +55,19 @@ impl Hosts {
         [self.wire.v4(2), self.wire.v6(2)]
     }
 
+    /// Not at the first attempt if a program that another test is just starting still holds a
+    /// copy of the last listener.
+    fn listen(&self, address: SocketAddr) -> TcpListener {
+        eventually("the port is free", || self.node.run(move || TcpListener::bind(address)).ok())
+    }
+
     fn connect(&self, listener: &TcpListener, to: SocketAddr) -> (TcpStream, TcpStream) {
         let client = self.client.run(move || TcpStream::connect_timeout(&to, BOUND));
         (client.expect("connects"), listener.accept().expect("accepts").0)
     }
 
     fn connect_to_service(&self, node: IpAddr) -> Translated {
-        let listener = self.node.run(move || TcpListener::bind((node, 6443))).expect("binds");
+        let listener = self.listen(SocketAddr::new(node, 6443));
         let service = service(node);
         let (client, server) = self.connect(&listener, service);
         Translated { client, server, service }
@@ -124,7 +130,7 @@ fn an_entry_is_found_by_either_tuple_refreshed_and_deleted() {
         assert!(!conntrack.delete(original).expect("orders"), "gone already");
         assert!(!conntrack.refresh(reply, BOUND).expect("orders"));
         assert_eq!(conntrack.find(reply.source, reply.destination).expect("asks"), None);
-        eventually("the count is back", || hosts.count() == start);
+        until("the count is back", || hosts.count() == start);
         vanish(client);
         vanish(server);
     }
@@ -167,7 +173,7 @@ fn the_original_destination_is_that_of_translated_connections_only() {
     for (bind, nodes) in
         [(everywhere, &hosts.families()[..]), (four, &[four.ip()]), (six, &[six.ip()])]
     {
-        let listener = hosts.node.run(move || TcpListener::bind(bind)).expect("binds");
+        let listener = hosts.listen(bind);
         for node in nodes {
             let (_client, server) = hosts.connect(&listener, service(*node));
             let asked = original_destination(&server).expect("asks");
@@ -209,7 +215,7 @@ fn a_refreshed_entry_translates_numbers_that_it_has_not_seen() {
             timestamps: None,
         };
         let capture = Capture::new(&hosts.client);
-        let mut source = || {
+        let source = || {
             injector.reset(&later).expect("sends");
             capture.next(|seen| seen.flags & RST != 0).source
         };

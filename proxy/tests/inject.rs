@@ -7,7 +7,8 @@ use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use proxy::packet::inject::{Injector, Segment, TooBig};
 use proxy_tests::netns::{Host, Wire};
 use proxy_tests::segments::{self, Capture, connection, numbers, pass, path_mtu, vanish};
-use proxy_tests::wait::eventually;
+use proxy_tests::wait::{BOUND, until};
+use socket2::{Domain, Protocol, Socket, Type};
 
 const ACK: u8 = 1 << 4;
 const RST: u8 = 1 << 2;
@@ -38,13 +39,17 @@ impl Hosts {
 fn next(ours: &TcpStream) -> Segment {
     let segments::Numbers { sequence, acknowledgement, timestamp } = numbers(ours);
     Segment {
-        source: ours.local_addr().expect("connected"),
+        source: local(ours),
         destination: ours.peer_addr().expect("connected"),
         sequence,
         acknowledgement,
         window: 500,
         timestamps: Some((timestamp, 0)),
     }
+}
+
+fn local(stream: &TcpStream) -> SocketAddr {
+    stream.local_addr().expect("connected")
 }
 
 fn there_and_back(ours: &TcpStream, theirs: &TcpStream) {
@@ -80,8 +85,9 @@ fn a_reset_may_come_from_an_address_that_is_not_ours() {
     let hosts = Hosts::new();
     let foreign: [IpAddr; 2] = ["203.0.113.1", "2001:db8::1"].map(|ip| ip.parse().expect("one"));
     for ((near, _), foreign) in hosts.families().into_iter().zip(foreign) {
-        let length = if foreign.is_ipv4() { 32 } else { 128 };
-        hosts.near.ip(&format!("addr add {foreign}/{length} dev lo"));
+        // Without nodad an IPv6 address is no use for a moment, even here.
+        let (length, flags) = if foreign.is_ipv4() { (32, "") } else { (128, "nodad") };
+        hosts.near.ip(&format!("addr add {foreign}/{length} dev lo {flags}"));
         hosts.far.ip(&format!("route add {foreign}/{length} via {near}"));
         let (theirs, ours) = connection(&hosts.far, &hosts.near, SocketAddr::new(foreign, 0));
         there_and_back(&ours, &theirs);
@@ -99,23 +105,28 @@ fn a_reset_may_come_from_an_address_that_is_not_ours() {
 #[test]
 fn a_probe_is_answered_by_who_has_the_connection_and_reset_by_who_has_not() {
     let hosts = Hosts::new();
-    for (_, far) in hosts.families() {
+    let [four, six] = hosts.families().map(|(_, far)| far);
+    // Where no timestamp is known, none is better than an old one.
+    for (far, with_timestamps) in [(four, true), (four, false), (six, true), (six, false)] {
         let (ours, theirs) = connection(&hosts.near, &hosts.far, SocketAddr::new(far, 0));
-        // The last word is ours, so that nobody owes an acknowledgement.
+        let capture = Capture::new(&hosts.near);
         pass(&theirs, &ours, 10);
+        let received = numbers(&ours).acknowledgement;
+        capture.next(|seen| seen.source == local(&ours) && seen.acknowledgement == received);
+        // From here on nobody owes an acknowledgement, and no timestamp is newer than this one.
         let exact = next(&ours);
         let from_far = |flags| {
             move |seen: &segments::Seen| seen.source == exact.destination && seen.flags == flags
         };
-        let capture = Capture::new(&hosts.near);
-        let probe = Segment { sequence: exact.sequence.wrapping_sub(1), ..exact };
+        let sequence = exact.sequence.wrapping_sub(1);
+        let timestamps = exact.timestamps.filter(|_| with_timestamps);
+        let probe = Segment { sequence, timestamps, ..exact };
         hosts.injector.probe(&probe).expect("sends");
         let answer = capture.next(from_far(ACK));
         assert_eq!(answer.destination, exact.source);
         assert_eq!(answer.payload, 0);
         assert_eq!(answer.acknowledgement, exact.sequence);
         assert_eq!(answer.sequence, exact.acknowledgement);
-        there_and_back(&ours, &theirs);
 
         vanish(theirs);
         hosts.injector.probe(&probe).expect("sends");
@@ -133,11 +144,11 @@ fn too_big_lowers_the_senders_path_mtu_if_it_quotes_what_was_sent() {
     for ((_, far), router) in hosts.families().into_iter().zip(routers) {
         let (ours, theirs) = connection(&hosts.near, &hosts.far, SocketAddr::new(far, 0));
         there_and_back(&ours, &theirs);
-        eventually("everything is acknowledged", || {
+        until("everything is acknowledged", || {
             let (ours, theirs) = (numbers(&ours), numbers(&theirs));
             theirs.sequence == ours.acknowledgement && ours.sequence == theirs.acknowledgement
         });
-        let sender = theirs.local_addr().expect("connected");
+        let sender = local(&theirs);
         let original = TooBig {
             source: sender,
             destination: theirs.peer_addr().expect("connected"),
@@ -149,56 +160,57 @@ fn too_big_lowers_the_senders_path_mtu_if_it_quotes_what_was_sent() {
             let sequence = original.sequence.wrapping_add(off_by);
             let wrong = TooBig { sequence, ..original };
             hosts.injector.too_big(router, sender, &wrong, 1300).expect("sends");
-            there_and_back_without_progress(&ours, &theirs);
+            // Ordered behind it. From us only: the peer's own numbers stay.
+            pass(&ours, &theirs, 10);
             assert_eq!(path_mtu(&theirs), 1500, "{off_by}");
         }
         let original = TooBig { sequence: numbers(&theirs).sequence, ..original };
         hosts.injector.too_big(router, sender, &original, 1300).expect("sends");
-        eventually("the path MTU is lowered", || path_mtu(&theirs) == 1300);
+        until("the path MTU is lowered", || path_mtu(&theirs) == 1300);
         let capture = Capture::new(&hosts.near);
-        pass(&theirs, &ours, 100_000);
-        let header = if far.is_ipv4() { 20 } else { 40 };
-        let largest = capture.so_far().into_iter().filter(|seen| seen.source == sender);
-        let largest = largest.map(|seen| seen.payload).max().expect("segments");
-        // Offloading hands several on as one: whole multiples of what fits.
-        assert_eq!(largest % (1300 - header - 32), 0, "{largest}");
+        let fits = 1300 - if far.is_ipv4() { 20 } else { 40 } - 20 - 12;
+        pass(&theirs, &ours, 50 * fits);
+        let mut sent = capture.so_far();
+        sent.retain(|seen| seen.source == sender && seen.payload > 0);
+        // Offloading hands several on as one.
+        assert!(sent.iter().all(|seen| seen.payload % fits == 0), "{fits}: {sent:?}");
+        assert_eq!(sent.iter().map(|seen| seen.payload).sum::<usize>(), 50 * fits);
     }
-}
-
-/// Orders what was sent before: once this is through, so is that. A few bytes from us only, so
-/// that the peer's own numbers stay.
-fn there_and_back_without_progress(ours: &TcpStream, theirs: &TcpStream) {
-    pass(ours, theirs, 10);
 }
 
 #[test]
 fn an_injector_queues_nothing_that_arrives() {
     let hosts = Hosts::new();
     let [(near, far), _] = hosts.families();
-    // Protocol 255 is what such a socket would receive.
-    let send = move || {
-        let kind = socket2::Type::RAW;
-        let protocol = Some(socket2::Protocol::from(255));
-        let socket = socket2::Socket::new(socket2::Domain::IPV4, kind, protocol)?;
-        let mut packet = vec![0; 40];
-        packet[..10].copy_from_slice(&[0x45, 0, 0, 40, 0, 0, 0, 0, 64, 255]);
-        let ([IpAddr::V4(source), IpAddr::V4(destination)], _) = ([far, near], ()) else {
-            unreachable!("both are IPv4")
+    let (IpAddr::V4(source), IpAddr::V4(destination)) = (far, near) else {
+        unreachable!("the first family is IPv4")
+    };
+    // The protocol that such a socket would receive, and one that shows that it arrives.
+    let open = || Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::from(libc::IPPROTO_RAW)));
+    let control = hosts.near.run(open).expect("a raw socket");
+    control.set_read_timeout(Some(BOUND)).expect("is a socket");
+    let sender = hosts.far.run(open).expect("a raw socket");
+    let mut packet = [&[0x45, 0, 0, 40, 0, 0, 0, 0, 64, 255, 0, 0][..], &source.octets()].concat();
+    packet.extend(destination.octets());
+    packet.extend([0; 20]);
+    for _ in 0..3 {
+        sender.send_to(&packet, &SocketAddr::new(near, 0).into()).expect("sends");
+    }
+    // When the second one is here, the first one is wherever it goes.
+    for _ in 0..2 {
+        assert_eq!((&control).read(&mut [0; 100]).expect("arrives"), 40);
+    }
+    let waiting = || {
+        let table = hosts.near.run(|| std::fs::read_to_string("/proc/thread-self/net/raw"));
+        let table = table.expect("raw sockets are listed");
+        let queue = |line: &str| {
+            let field = line.split_whitespace().nth(4).expect("queues");
+            u32::from_str_radix(&field[9..], 16).expect("a number")
         };
-        packet[12..16].copy_from_slice(&source.octets());
-        packet[16..20].copy_from_slice(&destination.octets());
-        socket.send_to(&packet, &SocketAddr::new(near, 0).into())
+        table.lines().skip(1).map(queue).collect::<Vec<_>>()
     };
-    let listed = |host: &Host| {
-        let table = host.run(|| std::fs::read_to_string("/proc/thread-self/net/raw"));
-        table.expect("raw sockets are listed")
-    };
-    hosts.far.run(send).expect("sends");
-    let (ours, theirs) = connection(&hosts.near, &hosts.far, SocketAddr::new(far, 0));
-    there_and_back(&ours, &theirs);
-    let table = listed(&hosts.near);
-    let line = table.lines().nth(1).expect("the injector's socket");
-    let fields: Vec<&str> = line.split_whitespace().collect();
-    assert!(fields[4].ends_with(":00000000"), "receive queue: {line}");
-    assert_ne!(fields[12], "0", "the packet was for this socket, and dropped: {line}");
+    until("the control socket holds the third", || waiting().iter().any(|bytes| *bytes > 0));
+    let waiting = waiting();
+    assert_eq!(waiting.len(), 2, "this host's raw sockets of IPv4");
+    assert!(waiting.contains(&0), "the injector queues: {waiting:?}");
 }

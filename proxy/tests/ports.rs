@@ -32,7 +32,7 @@ fn release(host: &Host, note: Option<&Path>) {
 /// How many of 2,000 ports that the kernel chose for connections are in the upper half.
 fn chosen_in_the_upper_half(host: &Host) -> usize {
     host.run(|| {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 1000)).expect("binds");
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("binds");
         let to = listener.local_addr().expect("bound");
         let choose = |_: &usize| {
             let stream = TcpStream::connect(to).expect("connects");
@@ -112,7 +112,10 @@ fn a_long_list_of_others_is_kept_whole() {
 #[test]
 fn where_the_setting_cannot_be_written_the_ports_above_remain() {
     let host = host();
-    let pool = host.run(|| {
+    let folder = tempfile::tempdir().expect("a folder");
+    let note = folder.path().join("ports");
+    let path = note.clone();
+    let pool = host.run(move || {
         // A mount namespace of this thread's own, in which the settings are read-only, as in most
         // containers.
         let flags = rustix::thread::UnshareFlags::NEWNS | rustix::thread::UnshareFlags::FS;
@@ -126,9 +129,10 @@ fn where_the_setting_cannot_be_written_the_ports_above_remain() {
         mount(&["--make-rprivate", "/"]);
         mount(&["--bind", "/proc/sys", "/proc/sys"]);
         mount(&["-o", "remount,bind,ro", "/proc/sys"]);
-        PortPool::reserve(None).expect("reads the settings")
+        PortPool::reserve(Some(&path)).expect("reads the settings")
     });
     assert!(!pool.has_reserved());
     assert_eq!(pool.left(), 65535 - 60999);
     assert_eq!(reserved(&host), "");
+    assert!(!note.exists(), "a note about nothing");
 }

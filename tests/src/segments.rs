@@ -73,14 +73,16 @@ pub fn numbers(stream: &TcpStream) -> Numbers {
     Numbers { sequence, acknowledgement, timestamp }
 }
 
-/// Closes a socket without a word to its peer (TCP_REPAIR; needs root).
+/// Ends a connection without a word to its peer (TCP_REPAIR; needs root).
 ///
 /// # Panics
 /// The kernel refuses.
 #[track_caller]
 pub fn vanish(stream: TcpStream) {
     set_option(&stream, libc::IPPROTO_TCP, libc::TCP_REPAIR, 1);
-    drop(stream);
+    // Not by closing alone: a process that is just being started by another test has a copy of
+    // the descriptor until it executes its program, and the connection would live as long.
+    rustix::net::connect_unspec(&stream).expect("disconnects");
 }
 
 /// The path MTU that the connection goes by, in bytes.

@@ -104,6 +104,11 @@ impl Injector {
     /// RST if it has no such connection. Linux answers such probes twice a second at most
     /// (net.ipv4.tcp_invalid_ratelimit).
     ///
+    /// The timestamp's value must not be older than the last one the receiver saw: recent kernels
+    /// (seen on 6.18) drop a bare ACK with an older one without a word
+    /// (`tcp_disordered_ack_check`). If that one is not known, leave the option out; Linux answers
+    /// all the same.
+    ///
     /// # Errors
     /// As of [`Self::reset`].
     pub fn probe(&self, segment: &Segment) -> io::Result<()> {

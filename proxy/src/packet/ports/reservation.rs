@@ -44,13 +44,22 @@ pub(super) fn reserve(note: Option<&Path>) -> io::Result<Reservation> {
         if plan.reserved == present { Ok(()) } else { set_reserved(&plan.reserved) }
     })();
     match outcome {
-        Ok(()) => Ok(Reservation { ports: plan.ours.union(&plan.above), reserved: true }),
+        Ok(()) => {
+            let reserved = plan.ours.is_some();
+            Ok(Reservation { ports: plan.ours.union(&plan.above), reserved })
+        }
         Err(error) => {
             warn!(
                 "no part of {RANGE} can be reserved ({error}): only the {} ports above it serve \
                  connections that are switched to packets",
                 plan.above.len()
             );
+            // A note about nothing would later claim what others reserve meanwhile.
+            let is_void = plan.ours.without(&reserved()?) == plan.ours;
+            if let Some(note) = note.filter(|_| is_void) {
+                // It may be what could not be written.
+                let _ = note.remove();
+            }
             Ok(Reservation { ports: plan.above, reserved: false })
         }
     }
@@ -61,7 +70,10 @@ pub(super) fn release(note: Option<&Path>) -> io::Result<()> {
     let present = reserved()?;
     let note = note.map(Note::at).transpose()?;
     let noted = note.as_ref().and_then(Note::read);
-    let ours = noted.unwrap_or_else(|| recognised(&ephemeral().ok(), &present));
+    let ours = match noted {
+        Some(ours) => ours,
+        None => recognised(&ephemeral()?, &present),
+    };
     let rest = present.without(&ours);
     if rest != present {
         set_reserved(&rest)?;
@@ -82,35 +94,29 @@ struct Plan {
 
 impl Plan {
     fn new(range: &RangeInclusive<u16>, present: &PortSet, noted: Option<PortSet>) -> Self {
-        let recognised =
-            || Some(recognised(&Some(range.clone()), present)).filter(PortSet::is_some);
+        let recognised = || Some(recognised(range, present)).filter(PortSet::is_some);
         let ours = noted.filter(PortSet::is_some).or_else(recognised);
-        let ours = ours.unwrap_or_else(|| PortSet::from(upper_half(range)).without(present));
+        let ours = ours.unwrap_or_else(|| upper_half(range).without(present));
         let above = range.end().checked_add(1).map(|from| PortSet::from(from..=u16::MAX));
         let above = above.unwrap_or_default().without(present);
         Self { reserved: present.union(&ours), ours, above }
     }
 }
 
-fn upper_half(range: &RangeInclusive<u16>) -> RangeInclusive<u16> {
+/// Empty if the range has one port only.
+fn upper_half(range: &RangeInclusive<u16>) -> PortSet {
     let (low, high) = (*range.start(), *range.end());
-    // Of an only port no half is left: an empty range.
     let start = low + (high - low).div_ceil(2);
-    if start == low { 1..=0 } else { start..=high }
+    if start == low { PortSet::default() } else { PortSet::from(start..=high) }
 }
 
 /// What an earlier process of ours reserved, without a note of it: the upper half of the range and
 /// not a port more below it. A larger reservation is somebody else's.
-fn recognised(range: &Option<RangeInclusive<u16>>, present: &PortSet) -> PortSet {
-    let Some(range) = range else { return PortSet::default() };
+fn recognised(range: &RangeInclusive<u16>, present: &PortSet) -> PortSet {
     let half = upper_half(range);
-    let below = half.start().saturating_sub(1);
-    let half = PortSet::from(half);
-    if half.is_some() && half.without(present).len() == 0 && !present.contains(below) {
-        half
-    } else {
-        PortSet::default()
-    }
+    let below = half.ranges().first().and_then(|first| first.start().checked_sub(1));
+    let is_larger = below.is_some_and(|port| present.contains(port));
+    if half.without(present).is_some() || is_larger { PortSet::default() } else { half }
 }
 
 fn ephemeral() -> io::Result<RangeInclusive<u16>> {
@@ -333,11 +339,12 @@ mod tests {
 
     #[test]
     fn the_upper_half_is_half_of_any_range() {
-        assert_eq!(upper_half(&RANGE), 46884..=60999);
-        assert_eq!(upper_half(&(1..=65535)), 32768..=65535);
-        assert_eq!(upper_half(&(10..=11)), 11..=11);
-        assert!(upper_half(&(10..=10)).is_empty());
-        assert!(upper_half(&(65535..=65535)).is_empty());
+        let half = |range| upper_half(&range).to_string();
+        assert_eq!(half(RANGE), HALF);
+        assert_eq!(half(1..=65535), "32768-65535");
+        assert_eq!(half(10..=11), "11");
+        assert_eq!(half(10..=10), "");
+        assert_eq!(half(65535..=65535), "");
     }
 
     #[test]
