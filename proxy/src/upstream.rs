@@ -426,7 +426,7 @@ mod tests {
         let metrics = Arc::new(Metrics::new().expect("registers"));
         let listening = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), 1);
         let hosts = UpstreamAddrs(hosts.collect());
-        Upstream::new(&hosts, Duration::from_secs(5), listening, metrics)
+        Upstream::new(&hosts, Duration::from_secs(5), listening, None, metrics)
     }
 
     #[tokio::test]

@@ -375,6 +375,10 @@ impl Attempt<'_> {
             }
         }
         self.packet.table().settle(slot);
+        for side in [Side::Client, Side::Server] {
+            // Were it refused, closing the descriptor does the same.
+            let _ = tcp::vanish(self.socket(side));
+        }
         Ok(())
     }
 

@@ -79,6 +79,12 @@ pub fn freeze(fd: impl AsFd) -> io::Result<()> {
     set(fd.as_fd(), libc::IPPROTO_TCP, libc::TCP_REPAIR, &1i32)
 }
 
+/// Ends a frozen socket without a word and at once: closing its descriptor alone may come later,
+/// while a child of this process that has not called exec yet still has it.
+pub fn vanish(fd: impl AsFd) -> io::Result<()> {
+    Ok(rustix::net::connect_unspec(fd)?)
+}
+
 /// Undoes [`freeze`], without a probe of the window.
 pub fn thaw(fd: impl AsFd) {
     const TCP_REPAIR_OFF_NO_WP: i32 = -1;

@@ -29,6 +29,7 @@ async fn run_with(config: EndpointConfig, metrics: Arc<Metrics>, drain: &Drain) 
         &UpstreamAddrs(vec![loopback]),
         Duration::from_secs(1),
         elsewhere,
+        None,
         Arc::clone(&metrics),
     );
     let readiness = Readiness::new(drain.watcher(), Arc::new(upstream));
