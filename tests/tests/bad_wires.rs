@@ -64,6 +64,7 @@ macro_rules! engines {
 // An engine, and what flags it needs beside its name.
 engines! {
     splice: "splice" [];
+    packet: "packet" [("packet-max-rtt", "1s")];
 }
 
 /// What a packet takes on each wire, each way.
