@@ -239,9 +239,8 @@ fn measure(
                 let place = (turn + round) % ways.len();
                 let way = &ways[place];
                 let (load, target, meter) = (column.load, way.address, way.meter);
-                let measured = labs[way.lab]
-                    .client
-                    .run(move || load::run(load, target, span, move || meter.seconds()))?;
+                let measured =
+                    labs[way.lab].client.run(move || load::run(load, target, span, meter))?;
                 match measured {
                     Ok(figures) => rows[place].figures[index][round] = Some(figures),
                     Err(error) => {

@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 
+use super::meter::Meter;
+
 /// Bytes of an echoed message: a small request.
 const MESSAGE: usize = 64;
 
@@ -65,7 +67,9 @@ pub struct Figures {
     /// Messages or connections.
     pub exchanges: usize,
     /// Processor time of the proxy, seconds.
-    pub cpu_seconds: f64,
+    pub proxy_seconds: f64,
+    /// Of client, proxy and server together.
+    pub all_seconds: f64,
 }
 
 /// Serves as long as this process lives, on as many threads as there were connections at once:
@@ -149,17 +153,17 @@ fn swallow(stream: &mut TcpStream, more: impl Fn() -> bool) -> std::io::Result<u
     Ok(total)
 }
 
-/// Runs the load from the host that calls this; `cpu` tells the proxy's processor time so far.
+/// Runs the load from the host that calls this; `proxy` watches the proxy.
 ///
 /// # Errors
 /// A connection failed or answered wrongly.
-pub fn run(load: Load, target: SocketAddr, span: Span, cpu: impl Fn() -> f64) -> Result<Figures> {
+pub fn run(load: Load, target: SocketAddr, span: Span, proxy: Meter) -> Result<Figures> {
     let clock = Clock::default();
     match load {
-        Load::Echo(count) => in_threads(count, &clock, span, cpu, || echo(target, &clock)),
-        Load::Connect(count) => in_threads(count, &clock, span, cpu, || connects(target, &clock)),
-        Load::Up(count) => in_threads(count, &clock, span, cpu, || upload(target, &clock)),
-        Load::Down(count) => in_threads(count, &clock, span, cpu, || download(target, &clock)),
+        Load::Echo(count) => in_threads(count, &clock, span, proxy, || echo(target, &clock)),
+        Load::Connect(count) => in_threads(count, &clock, span, proxy, || connects(target, &clock)),
+        Load::Up(count) => in_threads(count, &clock, span, proxy, || upload(target, &clock)),
+        Load::Down(count) => in_threads(count, &clock, span, proxy, || download(target, &clock)),
     }
 }
 
@@ -269,18 +273,23 @@ fn in_threads(
     count: usize,
     clock: &Clock,
     span: Span,
-    cpu: impl Fn() -> f64,
+    proxy: Meter,
     work: impl Fn() -> Result<Times> + Sync,
 ) -> Result<Figures> {
     std::thread::scope(|scope| {
         let workers: Vec<_> = (0..count).map(|_| scope.spawn(&work)).collect();
         std::thread::sleep(span.warm_up);
         let arrived = || ARRIVED.load(Ordering::Relaxed);
-        let (begun, bytes, seconds) = (Instant::now(), arrived(), cpu());
+        // Clients and servers are threads of this process, and proxies its children.
+        let all = Meter::of(Some(std::process::id()));
+        let before = [proxy, all].map(Meter::seconds);
+        let (begun, bytes) = (Instant::now(), arrived());
         clock.set(Clock::MEASURED);
         std::thread::sleep(span.time);
-        let (bytes, seconds) = (arrived() - bytes, cpu() - seconds);
+        let bytes = arrived() - bytes;
         let elapsed = begun.elapsed().as_secs_f64();
+        // Before they are told to stop: the time of threads that have ended is not known.
+        let after = [proxy, all].map(Meter::seconds);
         clock.set(Clock::OVER);
         let mut times = Times::new();
         for worker in workers {
@@ -297,7 +306,8 @@ fn in_threads(
             p50_us: at(0.5),
             p99_us: at(0.99),
             exchanges: times.len(),
-            cpu_seconds: seconds,
+            proxy_seconds: after[0] - before[0],
+            all_seconds: after[1] - before[1],
         })
     })
 }
