@@ -10,6 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::retry_on_intr;
 use socket2::{Domain, SockRef, Socket, Type};
 
 use crate::stream::{Dice, Stream};
@@ -183,6 +184,7 @@ impl Peer {
             stream.peek(&mut buffer);
             match (&self.stream).write(&buffer) {
                 Ok(sent) => stream.advance(sent),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) => return (stream.position(), error),
             }
         }
@@ -265,7 +267,7 @@ impl Peer {
             let left = usize::try_from(len - stream.position()).unwrap_or(usize::MAX);
             let most = size().min(left).min(CHUNK);
             let at = stream.position();
-            match (&self.stream).read(&mut buffer[..most]) {
+            match self.read(&mut buffer[..most]) {
                 Ok(0) => panic!("the {} got EOF after {at} of {len} bytes", self.name),
                 Ok(got) => self.compare(&mut stream, &buffer[..got]),
                 Err(error) => panic!("the {} after {at} of {len} bytes: {error}", self.name),
@@ -283,10 +285,21 @@ impl Peer {
         let mut buffer = [0; CHUNK];
         while stream.position() < end {
             let left = usize::try_from(end - stream.position()).unwrap_or(CHUNK).min(CHUNK);
-            match (&self.stream).read(&mut buffer[..left]) {
+            match self.read(&mut buffer[..left]) {
                 Ok(0) => panic!("the {} got EOF after {} bytes", self.name, stream.position()),
                 Ok(got) => self.compare(stream, &buffer[..got]),
                 Err(error) => panic!("the {} after {}: {error}", self.name, stream.position()),
+            }
+        }
+    }
+
+    /// Reads once. A read with a time-out is not taken up again by the kernel when the process was
+    /// stopped or frozen meanwhile, even without any signal handler (signal(7)).
+    fn read(&self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        loop {
+            match (&self.stream).read(buffer) {
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                other => return other,
             }
         }
     }
@@ -318,7 +331,7 @@ impl Peer {
     pub fn receive_rest(&self, mut stream: Stream) -> (u64, Ending) {
         let mut buffer = [0; CHUNK];
         loop {
-            match (&self.stream).read(&mut buffer) {
+            match self.read(&mut buffer) {
                 Ok(0) => return (stream.position(), Ending::Eof),
                 Ok(got) => self.compare(&mut stream, &buffer[..got]),
                 Err(error) if is_reset(&error) => return (stream.position(), Ending::Reset),
@@ -358,7 +371,7 @@ impl Peer {
     /// Something else came, or nothing.
     #[track_caller]
     pub fn expect_eof(&self) {
-        match (&self.stream).read(&mut [0; CHUNK]) {
+        match self.read(&mut [0; CHUNK]) {
             Ok(0) => {}
             Ok(more) => panic!("the {} got {more} bytes instead of the end", self.name),
             Err(error) => panic!("the {} waits for the end: {error}", self.name),
@@ -371,7 +384,7 @@ impl Peer {
     /// Something else came, or nothing.
     #[track_caller]
     pub fn expect_reset(&self) {
-        match (&self.stream).read(&mut [0; CHUNK]) {
+        match self.read(&mut [0; CHUNK]) {
             Ok(0) if self.reset_early => {}
             Ok(0) => panic!("the {} got a clean EOF instead of a reset", self.name),
             Ok(more) => panic!("the {} got {more} bytes instead of a reset", self.name),
@@ -389,7 +402,7 @@ impl Peer {
     pub fn expect_reset_unread(&self) {
         let timeout = Timespec { tv_sec: BOUND.as_secs() as i64, tv_nsec: 0 };
         let mut fds = [PollFd::new(&self.stream, PollFlags::empty())];
-        let ready = poll(&mut fds, Some(&timeout));
+        let ready = retry_on_intr(|| poll(&mut fds, Some(&timeout)));
         assert!(matches!(ready, Ok(1)), "the {} waits for a reset in vain", self.name);
         // EPIPE is what Linux calls a reset that follows the other end's FIN.
         match self.stream.take_error() {

@@ -10,6 +10,7 @@ use std::net::{Shutdown, TcpStream};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::retry_on_intr;
 use socket2::SockRef;
 
 use crate::stream::{Dice, Stream};
@@ -296,7 +297,7 @@ impl<'a> Talk<'a> {
         wanted.set(PollFlags::OUT, write);
         let timeout = Timespec { tv_sec: BOUND.as_secs() as i64, tv_nsec: 0 };
         let mut fds = [PollFd::new(self.socket, wanted)];
-        match poll(&mut fds, Some(&timeout)) {
+        match retry_on_intr(|| poll(&mut fds, Some(&timeout))) {
             Ok(0) => Err(format!(
                 "nothing moves for {BOUND:?}: said {}, heard {}",
                 self.said.position(),
@@ -317,7 +318,7 @@ impl<'a> Talk<'a> {
     fn read(&self, buffer: &mut [u8]) -> Result<Option<usize>, String> {
         match (&mut &*self.socket).read(buffer) {
             Ok(got) => Ok(Some(got)),
-            Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(None),
+            Err(error) if is_for_later(&error) => Ok(None),
             Err(error) => Err(self.broken("reading", &error)),
         }
     }
@@ -327,7 +328,7 @@ impl<'a> Talk<'a> {
         let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
         match SockRef::from(self.socket).send_with_flags(bytes, flags) {
             Ok(sent) => Ok(sent),
-            Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(0),
+            Err(error) if is_for_later(&error) => Ok(0),
             Err(error) => Err(self.broken("writing", &error)),
         }
     }
@@ -336,6 +337,11 @@ impl<'a> Talk<'a> {
         let (said, heard) = (self.said.position(), self.heard.position());
         format!("{doing} (said {said}, heard {heard}): {error}")
     }
+}
+
+/// Nothing happened, and the same may be tried again.
+fn is_for_later(error: &std::io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted)
 }
 
 #[cfg(test)]

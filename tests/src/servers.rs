@@ -6,6 +6,7 @@ use std::os::fd::AsFd;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::retry_on_intr;
 use socket2::{Domain, Socket, Type};
 
 use crate::peers::Peer;
@@ -58,7 +59,7 @@ impl Upstream {
         let timeout =
             Timespec { tv_sec: bound.as_secs() as i64, tv_nsec: i64::from(bound.subsec_nanos()) };
         let mut fds = [PollFd::from_borrowed_fd(self.listener.as_fd(), PollFlags::IN)];
-        match poll(&mut fds, Some(&timeout)) {
+        match retry_on_intr(|| poll(&mut fds, Some(&timeout))) {
             Ok(0) => return None,
             Ok(_) => {}
             Err(error) => panic!("waiting at {}: {error}", self.address),

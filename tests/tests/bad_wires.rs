@@ -202,8 +202,7 @@ fn converse(
     let (log, numbers) = (Arc::clone(&results), Arc::clone(seeds));
     let clients = row.client.run(move || {
         workers(move || {
-            // A client that speaks first knows which conversations are left, and another takes
-            // part in as many.
+            // Who is spoken to counts along: as many connections, whichever comes first.
             while let Some(number) = numbers.next() {
                 log.add(End::Client, client(front, speaks_first, number));
             }
@@ -248,7 +247,7 @@ fn server(listener: &TcpListener, speaks_first: End, number: u64) -> Result<u64,
     let fail = |what: String| Failure { seed: number, what };
     let timeout = rustix::event::Timespec { tv_sec: 2 * BOUND.as_secs() as i64, tv_nsec: 0 };
     let mut fds = [rustix::event::PollFd::new(listener, rustix::event::PollFlags::IN)];
-    match rustix::event::poll(&mut fds, Some(&timeout)) {
+    match rustix::io::retry_on_intr(|| rustix::event::poll(&mut fds, Some(&timeout))) {
         Ok(1..) => {}
         other => return Err(fail(format!("Server, no connection came: {other:?}"))),
     }
