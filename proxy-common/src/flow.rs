@@ -30,8 +30,8 @@ pub const SERVER: usize = 1;
 
 /// [`Half::marks`]: this end's FIN was seen; [`Half::fin`] holds.
 pub const MARK_FIN: u8 = 1 << 0;
-/// [`Half::marks`]: this end's FIN was acknowledged by the other one.
-pub const MARK_FIN_ACKED: u8 = 1 << 1;
+/// [`Half::marks`]: this end has acknowledged the other one's FIN.
+pub const MARK_ACKED_FIN: u8 = 1 << 1;
 /// [`Half::marks`]: this end sent a RST that the other one must accept.
 pub const MARK_RESET: u8 = 1 << 2;
 
@@ -155,7 +155,7 @@ pub struct Record {
     pub halves: [Half; 2],
 }
 
-/// [`Event::kind`]: both FINs were acknowledged.
+/// [`Event::kind`]: this end has acknowledged the other one's FIN.
 pub const EVENT_CLOSED: u8 = 1;
 /// [`Event::kind`]: a RST passed that its receiver must accept.
 pub const EVENT_RESET: u8 = 2;

@@ -15,7 +15,7 @@ use aya_ebpf::helpers::{
 };
 use proxy_common::{
     Counter, EVENT_CLOSED, EVENT_RESET, EVENT_TOO_BIG, Event, FlowRef, HOOK_INGRESS, Half,
-    MARK_FIN, MARK_FIN_ACKED, MARK_FIRST, MARK_RESET, OptionsBuffer, PHASE_LIVE, Record, flags,
+    MARK_ACKED_FIN, MARK_FIN, MARK_FIRST, MARK_RESET, OptionsBuffer, PHASE_LIVE, Record, flags,
 };
 
 use crate::headers::{self, IPV4_HEADER, IPV6_HEADER, Segment, TCP_HEADER};
@@ -169,27 +169,32 @@ fn follow(segment: &Segment, half: &mut Half, other: &mut Half) -> u8 {
     if !is_plausible || is_before(other.sent, acknowledged) {
         return 0;
     }
-    half.marks &= !MARK_RESET;
+    let mut marks = half.marks & !MARK_RESET;
     half.window = segment.window;
     if is_before(half.sent, end) {
-        half.bytes = half.bytes.wrapping_add(u64::from(ahead - fin));
+        // FIN has a number but is no byte; it may come again behind bytes that were lost.
+        let is_new_fin = fin != 0 && marks & MARK_FIN == 0;
+        half.bytes = half.bytes.wrapping_add(u64::from(ahead - u32::from(is_new_fin)));
         half.sent = end;
     }
     if is_before(half.acked, segment.acknowledgement) {
         half.acked = segment.acknowledgement;
     }
-    if fin != 0 && half.marks & MARK_FIN == 0 {
+    if fin != 0 && marks & MARK_FIN == 0 {
         half.fin = end;
-        half.marks |= if other.marks & MARK_FIN == 0 { MARK_FIN | MARK_FIRST } else { MARK_FIN };
+        marks |= if other.marks & MARK_FIN == 0 { MARK_FIN | MARK_FIRST } else { MARK_FIN };
     }
-    if other.marks & (MARK_FIN | MARK_FIN_ACKED) == MARK_FIN && !is_before(acknowledged, other.fin)
-    {
-        other.marks |= MARK_FIN_ACKED;
-        if half.marks & MARK_FIN_ACKED != 0 {
-            return EVENT_CLOSED;
-        }
+    let is_acknowledged =
+        other.marks & MARK_FIN != 0 && !is_before(acknowledged, other.fin);
+    let is_news = is_acknowledged && marks & MARK_ACKED_FIN == 0;
+    if is_news {
+        marks |= MARK_ACKED_FIN;
     }
-    0
+    // Only segments of this end write this half, so no mark is lost between two CPUs.
+    half.marks = marks;
+    // Told for either end: the loader looks whether it is both. (Here two CPUs might each miss what
+    // the other is just writing.)
+    if is_news { EVENT_CLOSED } else { 0 }
 }
 
 /// A RST counts if the other end can take it for genuine: its number is one that this end is at.

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use proxy_common::{
-    CLIENT, EVENT_CLOSED, EVENT_RESET, EVENT_TOO_BIG, Event, MARK_FIN_ACKED, MARK_FIRST, MARK_RESET,
+    CLIENT, EVENT_CLOSED, EVENT_RESET, EVENT_TOO_BIG, Event, MARK_ACKED_FIN, MARK_FIRST, MARK_RESET,
     PHASE_SETTLED, Record, SERVER,
 };
 use tokio::time::{Instant, interval, sleep_until};
@@ -93,6 +93,8 @@ fn handle(packet: &Arc<Packet>, closing: &mut HashMap<u32, Closing>, event: Even
     let side = if usize::from(event.side) == CLIENT { Side::Client } else { Side::Server };
     match event.kind {
         EVENT_TOO_BIG => tell_too_big(packet, &record, &event),
+        // One end's FIN; the other's event comes with its own.
+        EVENT_CLOSED if !is_over(&record) => {}
         EVENT_CLOSED => {
             let due = Instant::now() + AFTER_CLOSE;
             let ended = Closing { slot, due, kind: Kind::Closed, is_told: false };
@@ -128,6 +130,11 @@ fn tell(packet: &Packet, mut closing: Closing, record: &Record) -> Closing {
         closing.due = Instant::now() + SOON;
     }
     closing
+}
+
+/// Both FINs are acknowledged.
+fn is_over(record: &Record) -> bool {
+    record.halves.iter().all(|half| half.marks & MARK_ACKED_FIN != 0)
 }
 
 fn first_to_close(record: &Record) -> Side {
@@ -178,8 +185,7 @@ fn silence(record: &Record) -> Duration {
 fn end_idle(packet: &Arc<Packet>, timeout: Duration) {
     for slot in packet.table().in_use() {
         let Some(record) = packet.table().read(slot) else { continue };
-        let is_over = record.halves.iter().all(|half| half.marks & MARK_FIN_ACKED != 0);
-        if record.phase == PHASE_SETTLED && !is_over && silence(&record) >= timeout {
+        if record.phase == PHASE_SETTLED && !is_over(&record) && silence(&record) >= timeout {
             packet.kill(slot, Reason::Idle.as_label());
         }
     }

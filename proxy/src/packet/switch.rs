@@ -401,7 +401,8 @@ impl Attempt<'_> {
                     Ok(Passed::EndOfStream) => {
                         // Its number comes after all bytes, on either connection.
                         self.announce(slot, index, next.wrapping_add(1), halves[index].seq_add, true);
-                        self.packet.table().mark_fin(slot, index, next.wrapping_add(1));
+                        let (number, bytes) = (next.wrapping_add(1), self.moved_from(side));
+                        self.packet.table().mark_fin(slot, index, number, bytes);
                         let shut = self.socket(side.other()).shutdown_write();
                         shut.map_err(|_| Reason::Reset(side.other()))?;
                         ended[index] = true;

@@ -9,7 +9,7 @@ use std::os::fd::AsFd;
 use std::ptr::NonNull;
 use std::sync::Mutex;
 use std::sync::PoisonError;
-use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 use aya::maps::{HashMap, MapData, MapError};
 use proxy_common::{
@@ -181,13 +181,19 @@ impl Table {
         unsafe { AtomicU16::from_ptr(field) }.store(mtu, Ordering::Release);
     }
 
-    /// Notes a FIN that reached our socket rather than the program.
-    pub fn mark_fin(&self, slot: Slot, side: usize, number: u32) {
+    /// Notes a FIN that reached our socket rather than the program, and the `bytes` before it.
+    pub fn mark_fin(&self, slot: Slot, side: usize, number: u32, bytes: u64) {
         self.set(slot, |record| &raw mut record.halves[side].fin, number);
         self.set(slot, |record| &raw mut record.halves[side].sent, number);
         let at = self.memory.at(slot.index);
-        // SAFETY: inside the mapping; only the address is taken.
-        let field = unsafe { &raw mut (*at).halves[side].marks };
+        // SAFETY: inside the mapping; only the addresses are taken.
+        let (count, field) = unsafe {
+            let half = &raw mut (*at).halves[side];
+            (&raw mut (*half).bytes, &raw mut (*half).marks)
+        };
+        // The program counted by sequence numbers, and this one stands for no byte.
+        // SAFETY: aligned, inside the mapping.
+        unsafe { AtomicU64::from_ptr(count) }.store(bytes, Ordering::Release);
         // SAFETY: as in `set_duty`. The program may lose this mark when it sets another at the same
         // instant; it sets this one itself when the FIN is sent again.
         unsafe { AtomicU8::from_ptr(field) }.fetch_or(MARK_FIN, Ordering::Release);
