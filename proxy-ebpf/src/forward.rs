@@ -84,7 +84,7 @@ pub fn forward(skb: *mut __sk_buff, segment: &Segment, slot: u32, tag: u32) -> i
     }
     if is_too_big(skb, segment, other.mtu) {
         count(Counter::TooBig);
-        tell(record, flow, EVENT_TOO_BIG, side, segment.sequence, other.mtu.into());
+        tell(record, flow, EVENT_TOO_BIG, side, (segment.sequence, other.mtu.into()));
         return TC_ACT_SHOT;
     }
     if segment.hops <= 1 {
@@ -99,7 +99,7 @@ pub fn forward(skb: *mut __sk_buff, segment: &Segment, slot: u32, tag: u32) -> i
     }
     let news = follow(segment, half, other);
     if news != 0 {
-        tell(record, flow, news, side, 0, 0);
+        tell(record, flow, news, side, (0, 0));
     }
     if rewrite(skb, segment, half, other) != 0 {
         half.dropped = half.dropped.wrapping_add(1);
@@ -112,7 +112,7 @@ pub fn forward(skb: *mut __sk_buff, segment: &Segment, slot: u32, tag: u32) -> i
 }
 
 #[inline(always)]
-fn is_live(record: *mut Record, flow: FlowRef) -> bool {
+pub fn is_live(record: *mut Record, flow: FlowRef) -> bool {
     // SAFETY: plain reads of aligned words that the loader may be writing.
     let (phase, generation) = unsafe {
         (
@@ -143,7 +143,7 @@ fn payload(segment: &Segment) -> u32 {
 }
 
 #[inline(always)]
-fn is_before(a: u32, b: u32) -> bool {
+pub fn is_before(a: u32, b: u32) -> bool {
     (a.wrapping_sub(b) as i32) < 0
 }
 
@@ -211,7 +211,13 @@ fn reset(segment: &Segment, half: &mut Half, other: &Half) -> u8 {
 
 /// Tells the loader. Without room the loader finds out when it next looks through the records.
 #[inline(always)]
-fn tell(record: *mut Record, flow: FlowRef, kind: u8, side: usize, sequence: u32, mtu: u32) {
+pub fn tell(
+    record: *mut Record,
+    flow: FlowRef,
+    kind: u8,
+    side: usize,
+    (sequence, mtu): (u32, u32),
+) {
     let event = Event {
         slot: flow.slot,
         // SAFETY: as in is_live.

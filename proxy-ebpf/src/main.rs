@@ -9,6 +9,7 @@ mod forward;
 mod guard;
 mod handshake;
 mod headers;
+mod icmp;
 
 use aya_ebpf::Global;
 use aya_ebpf::bindings::{__sk_buff, TC_ACT_UNSPEC};
@@ -121,6 +122,10 @@ pub fn packet_ingress(ctx: TcContext) -> i32 {
         headers::WATCHED_PORT => {}
         headers::UNREADABLE => {
             count(Counter::Unreadable);
+            return TC_ACT_UNSPEC;
+        }
+        headers::ICMP => {
+            icmp::listen(skb);
             return TC_ACT_UNSPEC;
         }
         _ => return TC_ACT_UNSPEC,
