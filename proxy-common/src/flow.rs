@@ -121,14 +121,14 @@ pub struct Half {
     pub sent: u32,
     /// In our space: the last acknowledgement that it has sent. (Program.)
     pub acked: u32,
-    /// In its space: after its FIN. (Program.)
+    /// In its space: after its FIN. (Program; the loader with [`Self::early_fin`].)
     pub fin: u32,
     /// The last window that it announced, unscaled. (Program.)
     pub window: u16,
     /// Not 0: [`Self::ts_add`] is final. (Program.)
     pub ts_fixed: u8,
-    /// Named, so that every byte is written.
-    pub padding: [u8; 1],
+    /// Not 0: its FIN came to our socket, during the switch; [`Self::fin`] holds. (Loader.)
+    pub early_fin: u8,
     /// Its last timestamp. (Program.)
     pub tsval: u32,
     /// Its segments that were dropped: they could not be parsed or were too large. (Program.)

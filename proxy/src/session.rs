@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::OwnedSemaphorePermit;
-use tracing::info;
+use tracing::{debug, info};
 
 use crate::metrics::Metrics;
 use crate::packet::eligible::Ineligible;
@@ -118,6 +118,7 @@ async fn switch(
     let outcome = attempt.run().await;
     if let switch::Outcome::Stays(reason, _) = &outcome {
         packet.note_ineligible(*reason);
+        debug!(client = %record.client, reason = reason.as_label(), "stays in userspace");
     }
     outcome
 }
