@@ -182,6 +182,14 @@ impl Packet {
         self.is_pinned
     }
 
+    /// Gives back what was taken from the host for as long as connections live without a socket;
+    /// for the end of a process that leaves none.
+    pub fn leave(&self) {
+        if let Err(error) = ports::release_reservation(None) {
+            tracing::warn!(%error, "reserved ports stay reserved");
+        }
+    }
+
     /// Switched connections.
     #[must_use]
     pub fn live(&self) -> usize {
