@@ -94,8 +94,8 @@ pub struct Half {
     pub family: u16,
     /// Added to its sequence numbers; taken from acknowledgements that go to it. (Loader.)
     pub seq_add: u32,
-    /// Added to its timestamps; taken from the echoes that go to it. (Loader, then once the
-    /// program with the first segment.)
+    /// Added to its timestamps; taken from the echoes that go to it. (Program, with the first
+    /// segment.)
     pub ts_add: u32,
     /// Added to milliseconds of CLOCK_MONOTONIC gives what our socket towards this end would say
     /// as its timestamp. (Loader.)

@@ -374,9 +374,9 @@ fn translate_timestamps(scratch: &mut Scratch, half: &mut Half, other: &Half, at
         half.ts_fixed = 1;
     }
     put(&mut scratch.new, at, value.wrapping_add(half.ts_add));
-    if echo != 0 {
-        put(&mut scratch.new, at + 4, echo.wrapping_sub(other.ts_add));
-    }
+    // Before the other end's clock is known there is nothing to echo; zero is no time for anybody.
+    let echoed = if other.ts_fixed == 0 || echo == 0 { 0 } else { echo.wrapping_sub(other.ts_add) };
+    put(&mut scratch.new, at + 4, echoed);
 }
 
 #[inline(always)]

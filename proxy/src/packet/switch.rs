@@ -161,9 +161,6 @@ impl Attempt<'_> {
             let clock = tcp::timestamp(socket).map_err(refused)?;
             half.ts_clock = clock.wrapping_sub(tcp::monotonic_ms());
         }
-        // A guess at the clocks' offset, good enough for echoes until the first segment fixes it.
-        halves[CLIENT].ts_add = halves[SERVER].ts_clock.wrapping_sub(halves[CLIENT].ts_clock);
-        halves[SERVER].ts_add = halves[CLIENT].ts_clock.wrapping_sub(halves[SERVER].ts_clock);
         let guard = (client_local != client.local).then(|| proxy_common::Tuple {
             source: client.peer.into(),
             destination: client.local.into(),
