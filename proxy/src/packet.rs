@@ -66,7 +66,7 @@ pub const FIRST_LOOK: Moment = Moment { after: Duration::from_millis(20), bytes:
 pub const NEXT_LOOK: Duration = Duration::from_millis(500);
 
 /// Attempts for one connection. What is still busy after so many is left alone.
-pub const LOOKS: u32 = 6;
+pub const LOOKS: u8 = 6;
 
 /// Original destinations that clients may teach us to watch.
 const LEARNED: usize = 256;

@@ -101,15 +101,14 @@ impl Attempt<'_> {
             }
         };
         self.packet.table().go_live(slot);
+        let unfinished = Unfinished { packet: self.packet, slot };
         match self.finish(slot, &halves).await {
             Ok(()) => {
+                std::mem::forget(unfinished);
                 self.packet.note_switched(begun.elapsed());
                 Outcome::Switched(slot)
             }
-            Err(reason) => {
-                self.packet.abandon(slot);
-                Outcome::Ended(reason, self.moved)
-            }
+            Err(reason) => Outcome::Ended(reason, self.moved),
         }
     }
 
@@ -474,6 +473,19 @@ impl Attempt<'_> {
             }
         }
         Ok(())
+    }
+}
+
+/// A switch under way. Dropped before it is done (by an error, or by the drain's deadline), the
+/// connection is reset: there is no way back.
+struct Unfinished<'a> {
+    packet: &'a Arc<Packet>,
+    slot: Slot,
+}
+
+impl Drop for Unfinished<'_> {
+    fn drop(&mut self) {
+        self.packet.abandon(self.slot);
     }
 }
 
