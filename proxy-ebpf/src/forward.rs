@@ -15,7 +15,7 @@ use aya_ebpf::helpers::{
 };
 use proxy_common::{
     Counter, EVENT_CLOSED, EVENT_RESET, EVENT_TOO_BIG, Event, FlowRef, HOOK_INGRESS, Half,
-    MARK_ACKED_FIN, MARK_FIN, MARK_FIRST, MARK_RESET, OptionsBuffer, PHASE_LIVE, Record, flags,
+    MARK_ACKED_FIN, MARK_FIN, MARK_FIRST, MARK_RESET, OptionsBuffer, PHASE_LIVE, Record, Tuple, flags,
 };
 
 use crate::headers::{self, IPV4_HEADER, IPV6_HEADER, Segment, TCP_HEADER};
@@ -111,6 +111,62 @@ pub fn forward(skb: *mut __sk_buff, segment: &Segment, slot: u32, tag: u32) -> i
     unsafe { bpf_redirect_neigh(other.out_ifindex, core::ptr::null_mut(), 0, 0) as i32 }
 }
 
+/// A segment of our own socket, on its way to an end: acknowledges what the other end has
+/// acknowledged since, in whose place it speaks. Left as it was, it would be refused once that lies
+/// more than a window ahead (RFC 5961, section 5.2), and bytes sent again would never arrive.
+#[inline(never)]
+pub fn speak_for(skb: *mut __sk_buff, segment: &Segment) -> u8 {
+    let arriving =
+        Tuple { source: segment.tuple.destination, destination: segment.tuple.source };
+    // SAFETY: see find.
+    let Some(flow) = (unsafe { FLOWS.get(arriving) }).copied() else {
+        return 0;
+    };
+    let Some(record) = RECORDS.get_ptr_mut(flow.slot) else {
+        return 0;
+    };
+    if !is_live(record, flow) || segment.flags & (flags::SYN | flags::RST | flags::ACK) != flags::ACK
+    {
+        return 0;
+    }
+    // SAFETY: as in forward.
+    let (half, other) = unsafe {
+        let halves = (&raw const (*record).halves).cast::<Half>();
+        (&*halves.add(flow.side()), &*halves.add(flow.side() ^ 1))
+    };
+    if half.remote != arriving.source || half.local != arriving.destination {
+        return 0;
+    }
+    let acknowledged = other.acked.wrapping_sub(half.seq_add);
+    if !is_before(segment.acknowledgement, acknowledged) {
+        return 0;
+    }
+    let Some(old) = headers::load::<16>(skb, segment.tcp) else {
+        return 1;
+    };
+    let mut new = old;
+    let window = scale(u32::from(other.window) << (other.shift & 15), half.our_shift);
+    new[8..12].copy_from_slice(&acknowledged.to_be_bytes());
+    new[14..16].copy_from_slice(&window.to_be_bytes());
+    if !store(skb, LINK + segment.tcp, &new, 0) {
+        return 1;
+    }
+    adjust(skb, segment.tcp, difference(&old, &new), 0)
+}
+
+/// A window in the scale of who announces it; never closed by rounding, which might be for good.
+#[inline(always)]
+fn scale(window: u32, shift: u8) -> u16 {
+    let scaled = window >> (shift & 15);
+    if scaled > 65535 {
+        65535
+    } else if scaled == 0 && window != 0 {
+        1
+    } else {
+        scaled as u16
+    }
+}
+
 #[inline(always)]
 pub fn is_live(record: *mut Record, flow: FlowRef) -> bool {
     // SAFETY: plain reads of aligned words that the loader may be writing.
@@ -166,26 +222,29 @@ fn follow(segment: &Segment, half: &mut Half, other: &mut Half) -> u8 {
     let ahead = end.wrapping_sub(half.sent);
     let is_plausible = ahead.wrapping_add(room) <= room.wrapping_mul(2);
     let acknowledged = segment.acknowledgement.wrapping_sub(other.seq_add);
-    if !is_plausible || is_before(other.sent, acknowledged) {
+    // Bytes that came by way of our sockets during the switch are not in `sent` yet.
+    if !is_plausible || is_before(other.sent.wrapping_add(SLACK), acknowledged) {
         return 0;
     }
     let mut marks = half.marks & !MARK_RESET;
     half.window = segment.window;
+    // FIN has a number but is no byte. What follows it may come before it, and has counted it then.
+    let new_fin = fin != 0 && marks & MARK_FIN == 0 && half.early_fin == 0;
+    let mut bytes = half.bytes.wrapping_sub(u64::from(new_fin));
     if is_before(half.sent, end) {
-        // FIN has a number but is no byte; it may come again behind bytes that were lost.
-        let is_new_fin = fin != 0 && marks & MARK_FIN == 0;
-        half.bytes = half.bytes.wrapping_add(u64::from(ahead - u32::from(is_new_fin)));
+        bytes = bytes.wrapping_add(u64::from(ahead));
         half.sent = end;
     }
+    half.bytes = bytes;
     if is_before(half.acked, segment.acknowledgement) {
         half.acked = segment.acknowledgement;
     }
-    if fin != 0 && marks & MARK_FIN == 0 {
+    if new_fin {
         half.fin = end;
-        marks |= if other.marks & MARK_FIN == 0 { MARK_FIN | MARK_FIRST } else { MARK_FIN };
+        marks |= if other.marks & MARK_FIN == 0 && other.early_fin == 0 { MARK_FIN | MARK_FIRST } else { MARK_FIN };
     }
-    let is_acknowledged =
-        other.marks & MARK_FIN != 0 && !is_before(acknowledged, other.fin);
+    let has_ended = other.marks & MARK_FIN != 0 || other.early_fin != 0;
+    let is_acknowledged = has_ended && !is_before(acknowledged, other.fin);
     let is_news = is_acknowledged && marks & MARK_ACKED_FIN == 0;
     if is_news {
         marks |= MARK_ACKED_FIN;
@@ -321,9 +380,9 @@ fn translate_timestamps(scratch: &mut Scratch, half: &mut Half, other: &Half, at
         half.ts_fixed = 1;
     }
     put(&mut scratch.new, at, value.wrapping_add(half.ts_add));
-    if echo != 0 {
-        put(&mut scratch.new, at + 4, echo.wrapping_sub(other.ts_add));
-    }
+    // Before the other end's clock is known there is nothing to echo; zero is no time for anybody.
+    let echoed = if other.ts_fixed == 0 || echo == 0 { 0 } else { echo.wrapping_sub(other.ts_add) };
+    put(&mut scratch.new, at + 4, echoed);
 }
 
 #[inline(always)]
@@ -412,13 +471,7 @@ fn write_numbers(skb: *mut __sk_buff, segment: &Segment, half: &Half, other: &Ha
         window = window.saturating_sub(half.own_end.wrapping_sub(acknowledgement));
         acknowledgement = half.own_end;
     }
-    let mut scaled = window >> (other.our_shift & 15);
-    if scaled == 0 && window != 0 {
-        scaled = 1;
-    }
-    if scaled > 65535 {
-        scaled = 65535;
-    }
+    let window = scale(window, other.our_shift);
     let mut new = [0u8; 16];
     new[0..2].copy_from_slice(&other.local.port.to_be_bytes());
     new[2..4].copy_from_slice(&other.remote.port.to_be_bytes());
@@ -426,7 +479,7 @@ fn write_numbers(skb: *mut __sk_buff, segment: &Segment, half: &Half, other: &Ha
     new[8..12].copy_from_slice(&acknowledgement.wrapping_sub(other.seq_add).to_be_bytes());
     let offset = (segment.options as u16 / 4 + 5) << 12;
     new[12..14].copy_from_slice(&(offset | segment.flags & PASSING).to_be_bytes());
-    new[14..16].copy_from_slice(&(scaled as u16).to_be_bytes());
+    new[14..16].copy_from_slice(&window.to_be_bytes());
     let difference = difference(&old, &new);
     if !store(skb, LINK + segment.tcp, &new, 0) {
         return 1;

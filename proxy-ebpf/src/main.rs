@@ -139,13 +139,19 @@ pub fn packet_ingress(ctx: TcContext) -> i32 {
     observe(skb, &segment, HOOK_INGRESS)
 }
 
-/// Segments that leave: only observed.
+/// Segments that leave. They are observed, and those of our own sockets corrected while their
+/// connection is being switched.
 #[classifier]
 pub fn packet_egress(ctx: TcContext) -> i32 {
     let skb = ctx.skb.skb;
     let mut segment = headers::Segment::EMPTY;
     match headers::read(skb, &mut segment) {
-        headers::WATCHED_PORT => observe(skb, &segment, HOOK_EGRESS),
+        headers::WATCHED_PORT => {
+            if forward::speak_for(skb, &segment) != 0 {
+                count(Counter::Unfit);
+            }
+            observe(skb, &segment, HOOK_EGRESS)
+        }
         headers::UNREADABLE => {
             count(Counter::Unreadable);
             TC_ACT_UNSPEC

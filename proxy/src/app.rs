@@ -226,6 +226,9 @@ impl App {
             drained.await;
             clean
         });
+        if let Some(packet) = &packet {
+            packet.leave();
+        }
         info!(clean, "ended");
         self.side.shutdown_background();
         Ok(if clean { ExitCode::SUCCESS } else { ExitCode::FAILURE })

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::OwnedSemaphorePermit;
-use tracing::info;
+use tracing::{debug, info};
 
 use crate::metrics::Metrics;
 use crate::packet::eligible::Ineligible;
@@ -58,9 +58,9 @@ pub fn serve(
         let engine = shared.wish.decide();
         record.relaying(engine, upstream);
         let (mut moved, mut looks) = (Moved::default(), shared.packet.is_some());
-        let mut attempts = 0;
+        let mut attempts = 0_u8;
         loop {
-            let pause = looks.then(|| next_look(attempts, moved));
+            let pause = looks.then(|| Box::new(next_look(attempts, moved)));
             let (limits, counters) = (&shared.limits, &shared.counters);
             match relay::run(engine, &client, &server, limits, counters, moved, pause).await {
                 Outcome::Ended(end) => return record.ended(end),
@@ -87,7 +87,7 @@ pub fn serve(
     }
 }
 
-fn next_look(attempts: u32, moved: Moved) -> Moment {
+fn next_look(attempts: u8, moved: Moved) -> Moment {
     match attempts {
         0 => packet::FIRST_LOOK,
         // A transfer that was busy a moment ago will be for a while.
@@ -115,9 +115,14 @@ async fn switch(
         counters: &shared.counters,
         accepted_ms: packet::now_ms().saturating_sub(age),
     };
-    let outcome = attempt.run().await;
+    let outcome = tokio::select! {
+        biased;
+        outcome = attempt.run() => outcome,
+        () = shared.limits.drain.cut() => switch::Outcome::Ended(relay::Reason::Cut, moved),
+    };
     if let switch::Outcome::Stays(reason, _) = &outcome {
         packet.note_ineligible(*reason);
+        debug!(client = %record.client, reason = reason.as_label(), "stays in userspace");
     }
     outcome
 }
@@ -251,6 +256,6 @@ mod tests {
         // Beside this, a session owns two registrations with the reactor, which tokio pads to 256
         // bytes each, and no buffer. `limits::` in the tests crate weighs the whole process.
         let size = size_of_result(serve);
-        assert!(size <= 768, "a session's state takes {size} bytes");
+        assert!(size <= 800, "a session's state takes {size} bytes");
     }
 }
