@@ -14,8 +14,9 @@ use aya_ebpf::helpers::{
     bpf_redirect_neigh, bpf_skb_change_tail, bpf_skb_store_bytes,
 };
 use proxy_common::{
-    Counter, EVENT_CLOSED, EVENT_RESET, EVENT_TOO_BIG, Event, FlowRef, HOOK_INGRESS, Half,
-    MARK_ACKED_FIN, MARK_FIN, MARK_FIRST, MARK_RESET, OptionsBuffer, PHASE_LIVE, Record, Tuple, flags,
+    CLIENT, Counter, EVENT_CLOSED, EVENT_LEFT, EVENT_RESET, EVENT_TOO_BIG, Event, FlowRef,
+    HOOK_INGRESS, Half, MARK_ACKED_FIN, MARK_FIN, MARK_FIRST, MARK_LEFT, MARK_RESET, OptionsBuffer,
+    PHASE_LIVE, PHASE_SETTLED, Record, SERVER, Tuple, flags,
 };
 
 use crate::headers::{self, IPV4_HEADER, IPV6_HEADER, Segment, TCP_HEADER};
@@ -30,6 +31,9 @@ const PASSING: u16 = 0x00ff;
 /// A segment cannot lie further ahead than the receiver's window, which may have been larger a
 /// moment ago.
 const SLACK: u32 = 256 * 1024;
+
+/// Of these, an opening segment has SYN alone.
+const HANDSHAKE: u16 = flags::SYN | flags::ACK | flags::RST | flags::FIN;
 
 const TC_ACT_SHOT: i32 = aya_ebpf::bindings::TC_ACT_SHOT as i32;
 const PACKET_HOST: u32 = 0;
@@ -89,6 +93,10 @@ pub fn forward(skb: *mut __sk_buff, segment: &Segment, slot: u32, tag: u32) -> i
     }
     if segment.hops <= 1 {
         return TC_ACT_SHOT;
+    }
+    if is_farewell(segment, record, side as u32) != 0 {
+        tell(record, flow, EVENT_LEFT, side, (0, 0));
+        return TC_ACT_UNSPEC;
     }
     if half.duty != 0 && segment.flags & (flags::SYN | flags::RST | flags::ACK) == flags::ACK {
         let mark = buffer.mark;
@@ -167,16 +175,46 @@ fn scale(window: u32, shift: u8) -> u16 {
     }
 }
 
+/// Whether this is the client's first segment of a new connection, after the end of this one: it
+/// goes to a server that we choose, so from here on the tuple is the stack's. (A function of its
+/// own that returns a number: what the verifier learns in it does not double the paths behind it.)
+#[inline(never)]
+fn is_farewell(segment: &Segment, record: *mut Record, side: u32) -> u8 {
+    if segment.flags & HANDSHAKE != flags::SYN || side != CLIENT as u32 {
+        return 0;
+    }
+    // SAFETY: as in is_live.
+    let (phase, client, server) = unsafe {
+        (
+            core::ptr::read_volatile(&raw const (*record).phase),
+            core::ptr::read_volatile(&raw const (*record).halves[CLIENT].marks),
+            core::ptr::read_volatile(&raw const (*record).halves[SERVER].marks),
+        )
+    };
+    let is_over =
+        (client | server) & MARK_RESET != 0 || client & server & MARK_ACKED_FIN != 0;
+    if phase != PHASE_SETTLED || !is_over {
+        return 0;
+    }
+    // SAFETY: as above; written with the segments of this end alone.
+    unsafe { core::ptr::write_volatile(&raw mut (*record).halves[CLIENT].marks, client | MARK_LEFT) };
+    1
+}
+
 #[inline(always)]
 pub fn is_live(record: *mut Record, flow: FlowRef) -> bool {
     // SAFETY: plain reads of aligned words that the loader may be writing.
-    let (phase, generation) = unsafe {
+    let (phase, generation, marks) = unsafe {
         (
             core::ptr::read_volatile(&raw const (*record).phase),
             core::ptr::read_volatile(&raw const (*record).generation),
+            core::ptr::read_volatile(&raw const (*record).halves[CLIENT].marks),
         )
     };
-    phase >= PHASE_LIVE && flow.is_of(generation) && flow.tag & FlowRef::GUARD_ONLY == 0
+    phase >= PHASE_LIVE
+        && flow.is_of(generation)
+        && flow.tag & FlowRef::GUARD_ONLY == 0
+        && marks & MARK_LEFT == 0
 }
 
 /// Whether the segment, or what it will be cut into, exceeds what the device takes.
@@ -222,15 +260,27 @@ fn follow(segment: &Segment, half: &mut Half, other: &mut Half) -> u8 {
     let ahead = end.wrapping_sub(half.sent);
     let is_plausible = ahead.wrapping_add(room) <= room.wrapping_mul(2);
     let acknowledged = segment.acknowledgement.wrapping_sub(other.seq_add);
+    // As RFC 5961, section 5.2: who guesses must guess two numbers.
+    let window = (u32::from(half.window) << (half.shift & 15)).wrapping_add(SLACK);
     // Bytes that came by way of our sockets during the switch are not in `sent` yet.
-    if !is_plausible || is_before(other.sent.wrapping_add(SLACK), acknowledged) {
+    if !is_plausible
+        || is_before(other.sent.wrapping_add(SLACK), acknowledged)
+        || is_before(segment.acknowledgement, half.acked.wrapping_sub(window))
+    {
         return 0;
     }
     let mut marks = half.marks & !MARK_RESET;
     half.window = segment.window;
     // FIN has a number but is no byte. What follows it may come before it, and has counted it then.
-    let new_fin = fin != 0 && marks & MARK_FIN == 0 && half.early_fin == 0;
+    let has_fin = marks & MARK_FIN != 0;
+    let new_fin =
+        fin != 0 && !has_fin && half.early_fin == 0 && !is_before(end, half.sent);
     let mut bytes = half.bytes.wrapping_sub(u64::from(new_fin));
+    if has_fin && is_before(half.fin, end) {
+        // It was not the end: somebody else had guessed its number.
+        marks &= !(MARK_FIN | MARK_FIRST);
+        bytes = bytes.wrapping_add(1);
+    }
     if is_before(half.sent, end) {
         bytes = bytes.wrapping_add(u64::from(ahead));
         half.sent = end;
@@ -248,6 +298,8 @@ fn follow(segment: &Segment, half: &mut Half, other: &mut Half) -> u8 {
     let is_news = is_acknowledged && marks & MARK_ACKED_FIN == 0;
     if is_news {
         marks |= MARK_ACKED_FIN;
+    } else if !has_ended {
+        marks &= !MARK_ACKED_FIN;
     }
     // Only segments of this end write this half, so no mark is lost between two CPUs.
     half.marks = marks;

@@ -47,6 +47,10 @@ const BPF_F_MMAPABLE: u32 = 1 << 10;
 #[map]
 static EVENTS: RingBuf = RingBuf::with_byte_size(256 * 1024, 0);
 
+/// When the guard last told of a stray: nanoseconds of CLOCK_MONOTONIC.
+#[map]
+static LAST_STRAY: Array<u64> = Array::with_max_entries(1, 0);
+
 /// Takes what the guard swallows.
 #[map]
 static GUARD_SOCKETS: SockMap = SockMap::with_max_entries(2, 0);
