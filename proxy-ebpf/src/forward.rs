@@ -7,15 +7,16 @@
 //! No packet is trusted by itself: RST, SYN and FIN are only passed on, and what is remembered of a
 //! segment is remembered only if its numbers lie where the two ends are.
 
-use aya_ebpf::bindings::{__sk_buff, BPF_F_INGRESS, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM};
 use aya_ebpf::bindings::TC_ACT_UNSPEC;
+use aya_ebpf::bindings::{__sk_buff, BPF_F_INGRESS, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM};
 use aya_ebpf::helpers::{
     bpf_clone_redirect, bpf_csum_diff, bpf_ktime_get_ns, bpf_l3_csum_replace, bpf_l4_csum_replace,
     bpf_redirect_neigh, bpf_skb_change_tail, bpf_skb_store_bytes,
 };
 use proxy_common::{
     Counter, EVENT_CLOSED, EVENT_RESET, EVENT_TOO_BIG, Event, FlowRef, HOOK_INGRESS, Half,
-    MARK_ACKED_FIN, MARK_FIN, MARK_FIRST, MARK_RESET, OptionsBuffer, PHASE_LIVE, Record, Tuple, flags,
+    MARK_ACKED_FIN, MARK_FIN, MARK_FIRST, MARK_RESET, OptionsBuffer, PHASE_LIVE, Record, Tuple,
+    flags,
 };
 
 use crate::headers::{self, IPV4_HEADER, IPV6_HEADER, Segment, TCP_HEADER};
@@ -73,9 +74,7 @@ pub fn forward(skb: *mut __sk_buff, segment: &Segment, slot: u32, tag: u32) -> i
         // Not for this device, but for a VLAN device on it, where it will come by again.
         return TC_ACT_UNSPEC;
     }
-    if buffer.pkt_type != PACKET_HOST
-        || (device != half.in_ifindex && device != half.out_ifindex)
-    {
+    if buffer.pkt_type != PACKET_HOST || (device != half.in_ifindex && device != half.out_ifindex) {
         count(Counter::Misplaced);
         return TC_ACT_UNSPEC;
     }
@@ -116,8 +115,7 @@ pub fn forward(skb: *mut __sk_buff, segment: &Segment, slot: u32, tag: u32) -> i
 /// more than a window ahead (RFC 5961, section 5.2), and bytes sent again would never arrive.
 #[inline(never)]
 pub fn speak_for(skb: *mut __sk_buff, segment: &Segment) -> u8 {
-    let arriving =
-        Tuple { source: segment.tuple.destination, destination: segment.tuple.source };
+    let arriving = Tuple { source: segment.tuple.destination, destination: segment.tuple.source };
     // SAFETY: see find.
     let Some(flow) = (unsafe { FLOWS.get(arriving) }).copied() else {
         return 0;
@@ -125,7 +123,8 @@ pub fn speak_for(skb: *mut __sk_buff, segment: &Segment) -> u8 {
     let Some(record) = RECORDS.get_ptr_mut(flow.slot) else {
         return 0;
     };
-    if !is_live(record, flow) || segment.flags & (flags::SYN | flags::RST | flags::ACK) != flags::ACK
+    if !is_live(record, flow)
+        || segment.flags & (flags::SYN | flags::RST | flags::ACK) != flags::ACK
     {
         return 0;
     }
@@ -241,7 +240,11 @@ fn follow(segment: &Segment, half: &mut Half, other: &mut Half) -> u8 {
     }
     if new_fin {
         half.fin = end;
-        marks |= if other.marks & MARK_FIN == 0 && other.early_fin == 0 { MARK_FIN | MARK_FIRST } else { MARK_FIN };
+        marks |= if other.marks & MARK_FIN == 0 && other.early_fin == 0 {
+            MARK_FIN | MARK_FIRST
+        } else {
+            MARK_FIN
+        };
     }
     let has_ended = other.marks & MARK_FIN != 0 || other.early_fin != 0;
     let is_acknowledged = has_ended && !is_before(acknowledged, other.fin);
@@ -260,7 +263,8 @@ fn follow(segment: &Segment, half: &mut Half, other: &mut Half) -> u8 {
 #[inline(always)]
 fn reset(segment: &Segment, half: &mut Half, other: &Half) -> u8 {
     let expected = other.acked.wrapping_sub(half.seq_add);
-    let is_genuine = !is_before(segment.sequence, expected) && !is_before(half.sent, segment.sequence);
+    let is_genuine =
+        !is_before(segment.sequence, expected) && !is_before(half.sent, segment.sequence);
     if !is_genuine || half.marks & MARK_RESET != 0 {
         return 0;
     }
@@ -420,13 +424,7 @@ fn put(bytes: &mut OptionsBuffer, at: u32, value: u32) {
 fn write_options(skb: *mut __sk_buff, tcp: u32, scratch: &mut Scratch) -> u8 {
     // SAFETY: both buffers have 64 bytes, of which 40 are compared.
     let difference = unsafe {
-        bpf_csum_diff(
-            scratch.old.as_mut_ptr().cast(),
-            40,
-            scratch.new.as_mut_ptr().cast(),
-            40,
-            0,
-        )
+        bpf_csum_diff(scratch.old.as_mut_ptr().cast(), 40, scratch.new.as_mut_ptr().cast(), 40, 0)
     };
     for index in 0..10u32 {
         if index * 4 >= scratch.length {
@@ -551,11 +549,8 @@ fn localize(skb: *mut __sk_buff, segment: &Segment, half: &Half) -> i32 {
     if unsafe { bpf_skb_change_tail(skb, LINK + header, 0) } != 0 {
         return TC_ACT_SHOT;
     }
-    let outcome = if segment.family == 4 {
-        shorten_ipv4(skb, header)
-    } else {
-        shorten_ipv6(skb, header)
-    };
+    let outcome =
+        if segment.family == 4 { shorten_ipv4(skb, header) } else { shorten_ipv6(skb, header) };
     if outcome != 0 || write_acknowledgement(skb, segment, half) != 0 {
         return TC_ACT_SHOT;
     }
@@ -601,8 +596,12 @@ fn write_acknowledgement(skb: *mut __sk_buff, segment: &Segment, half: &Half) ->
     let scratch = unsafe { &mut *scratch };
     let length = TCP_HEADER as u32 + segment.options;
     scratch.old = [0; size_of::<OptionsBuffer>()];
-    if !headers::load_options(skb, segment.tcp + TCP_HEADER as u32, segment.options, &mut scratch.old)
-    {
+    if !headers::load_options(
+        skb,
+        segment.tcp + TCP_HEADER as u32,
+        segment.options,
+        &mut scratch.old,
+    ) {
         return 1;
     }
     let mut new = [0u8; TCP_HEADER];
@@ -642,7 +641,9 @@ fn write_acknowledgement(skb: *mut __sk_buff, segment: &Segment, half: &Half) ->
 #[inline(always)]
 fn sum<const N: usize>(bytes: &mut [u8; N], seed: u32) -> u32 {
     // SAFETY: the pointer and the size describe `bytes`.
-    unsafe { bpf_csum_diff(core::ptr::null_mut(), 0, bytes.as_mut_ptr().cast(), N as u32, seed) as u32 }
+    unsafe {
+        bpf_csum_diff(core::ptr::null_mut(), 0, bytes.as_mut_ptr().cast(), N as u32, seed) as u32
+    }
 }
 
 #[inline(always)]
@@ -678,7 +679,6 @@ fn store<const N: usize>(skb: *mut __sk_buff, offset: u32, bytes: &[u8; N], flag
 #[inline(always)]
 fn adjust(skb: *mut __sk_buff, tcp: u32, difference: i64, flags: u64) -> u8 {
     // SAFETY: no preconditions; the kernel checks the offset.
-    let status =
-        unsafe { bpf_l4_csum_replace(skb, LINK + tcp + 16, 0, difference as u64, flags) };
+    let status = unsafe { bpf_l4_csum_replace(skb, LINK + tcp + 16, 0, difference as u64, flags) };
     u8::from(status != 0)
 }
