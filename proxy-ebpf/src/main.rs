@@ -88,6 +88,11 @@ pub struct Scratch {
     options: TcpOptions,
     length: u32,
     cursor: u32,
+    /// Where the value of this option is; 0 for none.
+    timestamps: u32,
+    /// The same of selective acknowledgements, and how long it is.
+    blocks: u32,
+    blocks_size: u32,
 }
 
 /// What is attached to devices, for segments that arrive.
