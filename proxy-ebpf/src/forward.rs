@@ -7,8 +7,8 @@
 //! No packet is trusted by itself: RST, SYN and FIN are only passed on, and what is remembered of a
 //! segment is remembered only if its numbers lie where the two ends are.
 
-use aya_ebpf::bindings::{__sk_buff, BPF_F_INGRESS, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM};
 use aya_ebpf::bindings::TC_ACT_UNSPEC;
+use aya_ebpf::bindings::{__sk_buff, BPF_F_INGRESS, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM};
 use aya_ebpf::helpers::{
     bpf_clone_redirect, bpf_csum_diff, bpf_ktime_get_ns, bpf_l3_csum_replace, bpf_l4_csum_replace,
     bpf_redirect_neigh, bpf_skb_change_tail, bpf_skb_store_bytes,
@@ -77,9 +77,7 @@ pub fn forward(skb: *mut __sk_buff, segment: &Segment, slot: u32, tag: u32) -> i
         // Not for this device, but for a VLAN device on it, where it will come by again.
         return TC_ACT_UNSPEC;
     }
-    if buffer.pkt_type != PACKET_HOST
-        || (device != half.in_ifindex && device != half.out_ifindex)
-    {
+    if buffer.pkt_type != PACKET_HOST || (device != half.in_ifindex && device != half.out_ifindex) {
         count(Counter::Misplaced);
         return TC_ACT_UNSPEC;
     }
@@ -124,8 +122,7 @@ pub fn forward(skb: *mut __sk_buff, segment: &Segment, slot: u32, tag: u32) -> i
 /// more than a window ahead (RFC 5961, section 5.2), and bytes sent again would never arrive.
 #[inline(never)]
 pub fn speak_for(skb: *mut __sk_buff, segment: &Segment) -> u8 {
-    let arriving =
-        Tuple { source: segment.tuple.destination, destination: segment.tuple.source };
+    let arriving = Tuple { source: segment.tuple.destination, destination: segment.tuple.source };
     // SAFETY: see find.
     let Some(flow) = (unsafe { FLOWS.get(arriving) }).copied() else {
         return 0;
@@ -133,7 +130,8 @@ pub fn speak_for(skb: *mut __sk_buff, segment: &Segment) -> u8 {
     let Some(record) = RECORDS.get_ptr_mut(flow.slot) else {
         return 0;
     };
-    if !is_live(record, flow) || segment.flags & (flags::SYN | flags::RST | flags::ACK) != flags::ACK
+    if !is_live(record, flow)
+        || segment.flags & (flags::SYN | flags::RST | flags::ACK) != flags::ACK
     {
         return 0;
     }
@@ -191,13 +189,14 @@ fn is_farewell(segment: &Segment, record: *mut Record, side: u32) -> u8 {
             core::ptr::read_volatile(&raw const (*record).halves[SERVER].marks),
         )
     };
-    let is_over =
-        (client | server) & MARK_RESET != 0 || client & server & MARK_ACKED_FIN != 0;
+    let is_over = (client | server) & MARK_RESET != 0 || client & server & MARK_ACKED_FIN != 0;
     if phase != PHASE_SETTLED || !is_over {
         return 0;
     }
     // SAFETY: as above; written with the segments of this end alone.
-    unsafe { core::ptr::write_volatile(&raw mut (*record).halves[CLIENT].marks, client | MARK_LEFT) };
+    unsafe {
+        core::ptr::write_volatile(&raw mut (*record).halves[CLIENT].marks, client | MARK_LEFT)
+    };
     1
 }
 
@@ -273,8 +272,7 @@ fn follow(segment: &Segment, half: &mut Half, other: &mut Half) -> u8 {
     half.window = segment.window;
     // FIN has a number but is no byte. What follows it may come before it, and has counted it then.
     let has_fin = marks & MARK_FIN != 0;
-    let new_fin =
-        fin != 0 && !has_fin && half.early_fin == 0 && !is_before(end, half.sent);
+    let new_fin = fin != 0 && !has_fin && half.early_fin == 0 && !is_before(end, half.sent);
     let mut bytes = half.bytes.wrapping_sub(u64::from(new_fin));
     if has_fin && is_before(half.fin, end) {
         // It was not the end: somebody else had guessed its number.
@@ -291,7 +289,11 @@ fn follow(segment: &Segment, half: &mut Half, other: &mut Half) -> u8 {
     }
     if new_fin {
         half.fin = end;
-        marks |= if other.marks & MARK_FIN == 0 && other.early_fin == 0 { MARK_FIN | MARK_FIRST } else { MARK_FIN };
+        marks |= if other.marks & MARK_FIN == 0 && other.early_fin == 0 {
+            MARK_FIN | MARK_FIRST
+        } else {
+            MARK_FIN
+        };
     }
     let has_ended = other.marks & MARK_FIN != 0 || other.early_fin != 0;
     let is_acknowledged = has_ended && !is_before(acknowledged, other.fin);
@@ -312,7 +314,8 @@ fn follow(segment: &Segment, half: &mut Half, other: &mut Half) -> u8 {
 #[inline(always)]
 fn reset(segment: &Segment, half: &mut Half, other: &Half) -> u8 {
     let expected = other.acked.wrapping_sub(half.seq_add);
-    let is_genuine = !is_before(segment.sequence, expected) && !is_before(half.sent, segment.sequence);
+    let is_genuine =
+        !is_before(segment.sequence, expected) && !is_before(half.sent, segment.sequence);
     if !is_genuine || half.marks & MARK_RESET != 0 {
         return 0;
     }
@@ -381,9 +384,39 @@ fn rewrite(skb: *mut __sk_buff, segment: &Segment, half: &mut Half, other: &Half
 }
 
 /// Timestamps and selective acknowledgements in the other connection's numbers.
+///
+/// First the options are found, then they are translated, each once: what is done inside of the
+/// loop multiplies the states that the verifier walks through.
 #[inline(never)]
 fn translate_options(scratch: &mut Scratch, half: &mut Half, other: &Half) -> u8 {
+    if find_options(scratch) != 0 {
+        return 1;
+    }
+    // SAFETY: plain reads through a reference; volatile, so that the verifier does not know what
+    // the loop has found.
+    let (timestamps, blocks, size) = unsafe {
+        (
+            core::ptr::read_volatile(&raw const scratch.timestamps),
+            core::ptr::read_volatile(&raw const scratch.blocks),
+            core::ptr::read_volatile(&raw const scratch.blocks_size),
+        )
+    };
+    if timestamps != 0 {
+        translate_timestamps(scratch, half, other, timestamps);
+    }
+    if blocks != 0 {
+        translate_blocks(scratch, other.seq_add, blocks, size);
+    }
+    0
+}
+
+/// Where the values of the two options are; 1 if the options cannot be read.
+#[inline(never)]
+fn find_options(scratch: &mut Scratch) -> u8 {
     scratch.cursor = 0;
+    scratch.timestamps = 0;
+    scratch.blocks = 0;
+    scratch.blocks_size = 0;
     for _ in 0..40 {
         // The cursor is kept in memory for the reason that TcpOptions::parse_in_place gives.
         // SAFETY: plain reads through a reference.
@@ -408,9 +441,10 @@ fn translate_options(scratch: &mut Scratch, half: &mut Half, other: &Half) -> u8
             if size != 10 {
                 return 1;
             }
-            translate_timestamps(scratch, half, other, at + 2);
+            scratch.timestamps = at + 2;
         } else if kind == OPTION_SACK {
-            translate_blocks(scratch, other.seq_add, at + 2, size - 2);
+            scratch.blocks = at + 2;
+            scratch.blocks_size = size - 2;
         }
         // SAFETY: a plain write through a reference.
         unsafe { core::ptr::write_volatile(&raw mut scratch.cursor, at + size) };
@@ -418,7 +452,7 @@ fn translate_options(scratch: &mut Scratch, half: &mut Half, other: &Half) -> u8
     0
 }
 
-#[inline(always)]
+#[inline(never)]
 fn translate_timestamps(scratch: &mut Scratch, half: &mut Half, other: &Half, at: u32) {
     let value = word(&scratch.old, at);
     let echo = word(&scratch.old, at + 4);
@@ -437,7 +471,7 @@ fn translate_timestamps(scratch: &mut Scratch, half: &mut Half, other: &Half, at
     put(&mut scratch.new, at + 4, echoed);
 }
 
-#[inline(always)]
+#[inline(never)]
 fn translate_blocks(scratch: &mut Scratch, add: u32, at: u32, size: u32) {
     for edge in 0..8 {
         if edge * 4 + 4 > size {
@@ -478,13 +512,7 @@ fn put(bytes: &mut OptionsBuffer, at: u32, value: u32) {
 fn write_options(skb: *mut __sk_buff, tcp: u32, scratch: &mut Scratch) -> u8 {
     // SAFETY: both buffers have 64 bytes, of which 40 are compared.
     let difference = unsafe {
-        bpf_csum_diff(
-            scratch.old.as_mut_ptr().cast(),
-            40,
-            scratch.new.as_mut_ptr().cast(),
-            40,
-            0,
-        )
+        bpf_csum_diff(scratch.old.as_mut_ptr().cast(), 40, scratch.new.as_mut_ptr().cast(), 40, 0)
     };
     for index in 0..10u32 {
         if index * 4 >= scratch.length {
@@ -609,11 +637,8 @@ fn localize(skb: *mut __sk_buff, segment: &Segment, half: &Half) -> i32 {
     if unsafe { bpf_skb_change_tail(skb, LINK + header, 0) } != 0 {
         return TC_ACT_SHOT;
     }
-    let outcome = if segment.family == 4 {
-        shorten_ipv4(skb, header)
-    } else {
-        shorten_ipv6(skb, header)
-    };
+    let outcome =
+        if segment.family == 4 { shorten_ipv4(skb, header) } else { shorten_ipv6(skb, header) };
     if outcome != 0 || write_acknowledgement(skb, segment, half) != 0 {
         return TC_ACT_SHOT;
     }
@@ -659,8 +684,12 @@ fn write_acknowledgement(skb: *mut __sk_buff, segment: &Segment, half: &Half) ->
     let scratch = unsafe { &mut *scratch };
     let length = TCP_HEADER as u32 + segment.options;
     scratch.old = [0; size_of::<OptionsBuffer>()];
-    if !headers::load_options(skb, segment.tcp + TCP_HEADER as u32, segment.options, &mut scratch.old)
-    {
+    if !headers::load_options(
+        skb,
+        segment.tcp + TCP_HEADER as u32,
+        segment.options,
+        &mut scratch.old,
+    ) {
         return 1;
     }
     let mut new = [0u8; TCP_HEADER];
@@ -700,7 +729,9 @@ fn write_acknowledgement(skb: *mut __sk_buff, segment: &Segment, half: &Half) ->
 #[inline(always)]
 fn sum<const N: usize>(bytes: &mut [u8; N], seed: u32) -> u32 {
     // SAFETY: the pointer and the size describe `bytes`.
-    unsafe { bpf_csum_diff(core::ptr::null_mut(), 0, bytes.as_mut_ptr().cast(), N as u32, seed) as u32 }
+    unsafe {
+        bpf_csum_diff(core::ptr::null_mut(), 0, bytes.as_mut_ptr().cast(), N as u32, seed) as u32
+    }
 }
 
 #[inline(always)]
@@ -736,7 +767,6 @@ fn store<const N: usize>(skb: *mut __sk_buff, offset: u32, bytes: &[u8; N], flag
 #[inline(always)]
 fn adjust(skb: *mut __sk_buff, tcp: u32, difference: i64, flags: u64) -> u8 {
     // SAFETY: no preconditions; the kernel checks the offset.
-    let status =
-        unsafe { bpf_l4_csum_replace(skb, LINK + tcp + 16, 0, difference as u64, flags) };
+    let status = unsafe { bpf_l4_csum_replace(skb, LINK + tcp + 16, 0, difference as u64, flags) };
     u8::from(status != 0)
 }

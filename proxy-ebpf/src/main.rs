@@ -14,9 +14,7 @@ mod icmp;
 use aya_ebpf::Global;
 use aya_ebpf::bindings::{__sk_buff, TC_ACT_UNSPEC};
 use aya_ebpf::macros::{classifier, map, sk_lookup};
-use aya_ebpf::maps::{
-    Array, HashMap, LruHashMap, PerCpuArray, ProgramArray, RingBuf, SockMap,
-};
+use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray, ProgramArray, RingBuf, SockMap};
 use aya_ebpf::programs::{SkLookupContext, TcContext};
 use proxy_common::{
     Counter, Endpoint, FlowRef, HOOK_EGRESS, HOOK_INGRESS, OptionsBuffer, Pending, Record, Seen,
@@ -30,8 +28,7 @@ static STAGES: ProgramArray = ProgramArray::with_max_entries(4, 0);
 
 /// Tuples of switched connections, as their segments arrive.
 #[map]
-static FLOWS: HashMap<Tuple, FlowRef> =
-    HashMap::with_max_entries(32768, BPF_F_NO_PREALLOC);
+static FLOWS: HashMap<Tuple, FlowRef> = HashMap::with_max_entries(32768, BPF_F_NO_PREALLOC);
 
 /// See `linux/bpf.h`: memory for entries that are there, not for all that fit.
 const BPF_F_NO_PREALLOC: u32 = 1;
@@ -96,6 +93,11 @@ pub struct Scratch {
     options: TcpOptions,
     length: u32,
     cursor: u32,
+    /// Where the value of this option is; 0 for none.
+    timestamps: u32,
+    /// The same of selective acknowledgements, and how long it is.
+    blocks: u32,
+    blocks_size: u32,
 }
 
 /// What is attached to devices, for segments that arrive.

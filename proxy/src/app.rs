@@ -146,9 +146,7 @@ impl App {
         let admin_socket = config.admin_socket.as_deref().and_then(control::open);
         let admin_socket = admin_socket.map(|(listener, name)| {
             let connections: Arc<dyn control::Connections> = match &packet {
-                Some(packet) => {
-                    Arc::new(packet::Handle(Arc::clone(packet), side.handle().clone()))
-                }
+                Some(packet) => Arc::new(packet::Handle(Arc::clone(packet), side.handle().clone())),
                 None => Arc::new(control::Empty),
             };
             side.spawn(control::serve(listener, connections));

@@ -36,8 +36,7 @@ use anyhow::{Context as _, Result};
 use aya::Ebpf;
 use aya::maps::{MapData, PerCpuArray, RingBuf};
 use proxy_common::{
-    Counter, Half, PHASE_SETTLED, Record, SERVER, Seen, Tuple, WATCH_LOCAL,
-    WATCH_REMOTE,
+    Counter, Half, PHASE_SETTLED, Record, SERVER, Seen, Tuple, WATCH_LOCAL, WATCH_REMOTE,
 };
 use rustix::io::Errno;
 use socket2::{SockAddr, SockRef};
@@ -128,8 +127,9 @@ impl Packet {
         let object = Object::load(config.bpffs.as_deref(), connections)?;
         let Object { mut ebpf, table, events, seen, watched, counters, pins, guard } = object;
         let note = pins.as_ref().map(|_| std::path::Path::new("/run/steward-tcp-proxy/ports"));
-        let ports = PortPool::reserve(note.filter(|note| note.parent().is_some_and(|p| p.exists())))
-            .context("local ports")?;
+        let ports =
+            PortPool::reserve(note.filter(|note| note.parent().is_some_and(|p| p.exists())))
+                .context("local ports")?;
         let paths = Paths::open(&mut ebpf, pins.as_deref()).context("attaching to devices")?;
         // The guard works as long as it is held.
         std::mem::forget(guard);

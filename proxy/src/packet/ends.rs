@@ -52,7 +52,8 @@ enum Kind {
 pub async fn run(packet: Arc<Packet>, news: News, idle_timeout: Option<Duration>) {
     let News { mut events, mut watch } = news;
     let mut closing: HashMap<u32, Closing> = HashMap::new();
-    let mut idle = idle_timeout.map(|timeout| interval((timeout / 4).max(Duration::from_millis(50))));
+    let mut idle =
+        idle_timeout.map(|timeout| interval((timeout / 4).max(Duration::from_millis(50))));
     loop {
         let next = closing.values().map(|closing| closing.due).min();
         tokio::select! {

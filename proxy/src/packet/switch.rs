@@ -19,9 +19,7 @@ use std::os::fd::AsFd as _;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use proxy_common::{
-    CLIENT, Half, MARK_RESET, Record, SEEN_ALL, SERVER, Seen, WATCH_LOCAL,
-};
+use proxy_common::{CLIENT, Half, MARK_RESET, Record, SEEN_ALL, SERVER, Seen, WATCH_LOCAL};
 use tokio::time::sleep;
 
 use super::eligible::{Ineligible, Leg, judge};
@@ -369,7 +367,11 @@ impl Attempt<'_> {
                 .wrapping_add(total(index ^ 1));
             if (next, written) != (expected_next, expected_written) {
                 tracing::warn!(
-                    next, expected_next, written, expected_written, ?side,
+                    next,
+                    expected_next,
+                    written,
+                    expected_written,
+                    ?side,
                     "sequence numbers and bytes moved differ; resetting the connection"
                 );
                 tcp::thaw(self.socket(Side::Client));
@@ -403,7 +405,13 @@ impl Attempt<'_> {
                     Ok(Passed::EndOfStream) if ended[index] => break,
                     Ok(Passed::EndOfStream) => {
                         // Its number comes after all bytes, on either connection.
-                        self.announce(slot, index, next.wrapping_add(1), halves[index].seq_add, true);
+                        self.announce(
+                            slot,
+                            index,
+                            next.wrapping_add(1),
+                            halves[index].seq_add,
+                            true,
+                        );
                         let (number, bytes) = (next.wrapping_add(1), self.moved_from(side));
                         self.packet.table().mark_fin(slot, index, number, bytes);
                         let shut = self.socket(side.other()).shutdown_write();

@@ -140,9 +140,9 @@ impl Table {
         let tuples = record.iter().flat_map(|record| record.halves.iter().map(tuple));
         for tuple in tuples.chain(guard) {
             // Only our own: after a failed insertion the tuple may be somebody else's.
-            let is_ours = flows.get(&tuple, 0).is_ok_and(|flow| {
-                flow.slot == slot.index && flow.is_of(slot.generation)
-            });
+            let is_ours = flows
+                .get(&tuple, 0)
+                .is_ok_and(|flow| flow.slot == slot.index && flow.is_of(slot.generation));
             if is_ours {
                 let _ = flows.remove(&tuple);
             }

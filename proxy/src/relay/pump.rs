@@ -345,8 +345,8 @@ impl Relay<'_> {
             // does.
             poll_fn(|context| {
                 is_due = is_due || self.moved() >= bytes || timer.as_mut().poll(context).is_ready();
-                let is_whole = self.in_pipe.load(Ordering::Relaxed) == 0
-                    && self.first_to_end.get().is_none();
+                let is_whole =
+                    self.in_pipe.load(Ordering::Relaxed) == 0 && self.first_to_end.get().is_none();
                 if is_due && is_whole { Poll::Ready(()) } else { Poll::Pending }
             })
             .await;
