@@ -78,7 +78,10 @@ fn unharmed(
     assert_eq!(ground.proxy.metric("connections_ended_total", &[]), 0.0);
     connection.close();
     let ended = ground.proxy.ended();
-    assert_eq!((ended.reason.as_str(), ended.bytes_up, ended.bytes_down), ("client_closed", bytes, bytes));
+    assert_eq!(
+        (ended.reason.as_str(), ended.bytes_up, ended.bytes_down),
+        ("client_closed", bytes, bytes)
+    );
 }
 
 /// The client's host, the server's, and one on a device that has nothing to do with either; all

@@ -32,7 +32,8 @@ fn around_the_switch(family: Family) {
         let mut ground = Ground::new(family);
         let (client, server) = ground.pair();
         let moment = Duration::from_micros(dice.roll() % 60_000);
-        let wires = [(&ground.row.client, ground.row.before), (&ground.row.server, ground.row.behind)];
+        let wires =
+            [(&ground.row.client, ground.row.before), (&ground.row.server, ground.row.behind)];
         let captures = wires.map(|(host, wire)| Sniffer::start(host, &wire.device()));
         thread::scope(|threads| {
             let ends = [(&client, 1, 2), (&server, 2, 1)].map(|(peer, out, back)| {
@@ -45,8 +46,8 @@ fn around_the_switch(family: Family) {
                 let error = writing.join().expect("an error").kind();
                 let (bytes, ending) = reading.join().expect("an end");
                 // The kernel tells of a reset once, here or there; a clean end it never calls so.
-                let reset = error == ConnectionReset
-                    || (ending == Ending::Reset && error == BrokenPipe);
+                let reset =
+                    error == ConnectionReset || (ending == Ending::Reset && error == BrokenPipe);
                 assert!(reset, "round {round} ({moment:?}): {error} {ending:?} after {bytes}");
             }
         });

@@ -48,12 +48,7 @@ fn a_reader_that_uploads_first(family: Family) {
         both(|| client.send_stream(1, UPLOAD), || server.receive_stream(1, UPLOAD));
         client.receive_stream(2, ANSWER);
     });
-    // Switched or not: it was looked at while it was busy.
-    let switched = ground.proxy.metric("packet_switch_duration_seconds_count", &[]);
-    let stayed = ground.proxy.metric("packet_ineligible_total", &[]);
-    assert!(switched + stayed > 0.0);
-    println!("switched: {switched}, attempts without success: {stayed}");
-    // It is over as it should be for either.
+    // Switched or not: as long as the answer is in its hands, the proxy must not leave.
     client.finish();
     server.expect_eof();
     server.finish();

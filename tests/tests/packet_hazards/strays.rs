@@ -112,7 +112,8 @@ fn a_path_to_another_device(family: Family) {
         let (near, far) = (family.of(row.behind, 1), family.of(row.behind, 2));
         let (near_hop, far_hop) = (family.of(second, 1), family.of(second, 2));
         row.node.ip(&format!("{flag} route add {far}/{length} via {far_hop} dev wire4 src {near}"));
-        row.server.ip(&format!("{flag} route add {near}/{length} via {near_hop} dev wire4 src {far}"));
+        row.server
+            .ip(&format!("{flag} route add {near}/{length} via {near_hop} dev wire4 src {far}"));
     };
     under_traffic(&connection, &mut traffic, moved, || true);
     // Nothing is left that could pass by the first one.
@@ -122,7 +123,8 @@ fn a_path_to_another_device(family: Family) {
         if family == Family::V4 { "" } else { "-6" },
         family.of(row.behind, 1),
         if family == Family::V4 { "32" } else { "128 nodad" },
-    ).replace("128 nodad dev wire4", "128 dev wire4 nodad"));
+    )
+    .replace("128 nodad dev wire4", "128 dev wire4 nodad"));
     traffic.pass(&connection, 1_000_000);
     unharmed(&ground, connection, &traffic);
 }
@@ -145,9 +147,8 @@ mod links {
         let mut count = 0;
         for file in files {
             let Ok(text) = std::fs::read_to_string(file.path()) else { continue };
-            let field = |name: &str| {
-                text.lines().find_map(|line| line.strip_prefix(name)).map(str::trim)
-            };
+            let field =
+                |name: &str| text.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
             if field("link_type:") == Some("tcx") {
                 detach(field("link_id:").and_then(|id| id.parse().ok()).expect("a number"));
                 count += 1;
