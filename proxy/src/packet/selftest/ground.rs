@@ -18,14 +18,16 @@ use crate::packet::netlink::{Body, Netlink, context};
 use crate::packet::routes;
 
 /// The kernel's part of bringing a wire up takes a millisecond or so.
-const READY_WITHIN: Duration = Duration::from_secs(1);
+const READY_WITHIN: Duration = Duration::from_secs(2);
 
 /// Loopback is the first device of a namespace.
 const LOOPBACK: u32 = 1;
-/// Numbers of our ends of the wires, and of those at the hosts; higher than those that the kernel
-/// may have given to tunnels of its own.
+/// Numbers of the wires' devices, higher than those that the kernel may have given to tunnels of
+/// its own. The two of a wire differ: where they are alike, the kernel takes up to a second to
+/// notice that a carrier came (`linkwatch_urgent_event`).
 const CLIENT_WIRE: u32 = 1001;
 const SERVER_WIRE: u32 = 1002;
+const FAR: u32 = 100;
 
 /// Prefix lengths.
 const BITS_V4: u8 = 30;
@@ -48,12 +50,13 @@ pub(super) enum End {
 }
 
 impl End {
-    /// The number of its wire's devices.
-    fn wire(self) -> u32 {
-        match self {
+    /// The number of its device, or of ours towards it.
+    fn wire(self, is_far: bool) -> u32 {
+        let near = match self {
             Self::Client => CLIENT_WIRE,
             Self::Server => SERVER_WIRE,
-        }
+        };
+        if is_far { near + FAR } else { near }
     }
 }
 
@@ -80,7 +83,7 @@ impl Ground {
         for end in [End::Client, End::Server] {
             let far = if end == End::Client { &mut at_client } else { &mut at_server };
             for (netlink, is_far) in [(&mut netlink, false), (far, true)] {
-                bring_up(netlink, end.wire())?;
+                bring_up(netlink, end.wire(is_far))?;
                 ground.has_v6 &= address(netlink, end, is_far)?;
             }
         }
@@ -155,13 +158,13 @@ fn bring_up(netlink: &mut Netlink, index: u32) -> io::Result<()> {
 /// A veth pair, one end here, the other on `far`. (Neither can be up before both are there.)
 fn join(netlink: &mut Netlink, end: End, name: &str, far: &File) -> io::Result<()> {
     let far = u32::try_from(far.as_raw_fd()).map_err(|_| io::ErrorKind::InvalidInput)?;
-    let device = link(end.wire(), 0).with_text(libc::IFLA_IFNAME, name);
-    let peer = device.clone().with_u32(IFLA_NET_NS_FD, far);
+    let device = |is_far| link(end.wire(is_far), 0).with_text(libc::IFLA_IFNAME, name);
+    let peer = device(true).with_u32(IFLA_NET_NS_FD, far);
     let data = Body::default().with_nest(VETH_INFO_PEER, peer);
     let info = Body::default()
         .with_text(libc::IFLA_INFO_KIND, "veth")
         .with_nest(IFLA_INFO_DATA, data);
-    let body = device.with_nest(libc::IFLA_LINKINFO, info);
+    let body = device(false).with_nest(libc::IFLA_LINKINFO, info);
     let flags = (libc::NLM_F_CREATE | libc::NLM_F_EXCL) as u16;
     netlink.request(libc::RTM_NEWLINK, flags, &body).map_err(context("veth (RTM_NEWLINK)"))?;
     Ok(())
@@ -178,7 +181,7 @@ fn address(netlink: &mut Netlink, end: End, is_far: bool) -> io::Result<bool> {
         };
         // ifaddrmsg: family, bits, flags, scope, u32 index. NODAD: of use at once.
         let mut header = [family as u8, bits, IFA_F_NODAD, 0, 0, 0, 0, 0];
-        header[4..].copy_from_slice(&end.wire().to_ne_bytes());
+        header[4..].copy_from_slice(&end.wire(is_far).to_ne_bytes());
         let body = Body::new(&header).with(IFA_LOCAL, &octets).with(IFA_ADDRESS, &octets);
         let flags = (libc::NLM_F_CREATE | libc::NLM_F_EXCL) as u16;
         netlink.request(libc::RTM_NEWADDR, flags, &body)
@@ -193,7 +196,7 @@ fn is_running(netlink: &mut Netlink) -> io::Result<bool> {
     for link in &links {
         let header = link.header(16)?;
         let number = |at: usize| header[at..at + 4].try_into().map_or(0, u32::from_ne_bytes);
-        let is_wire = matches!(number(4), CLIENT_WIRE | SERVER_WIRE);
+        let is_wire = number(4) >= CLIENT_WIRE;
         if is_wire && number(8) & libc::IFF_RUNNING as u32 == 0 {
             return Ok(false);
         }
