@@ -34,11 +34,12 @@ use crate::upstream::Upstream;
 use crate::accept;
 use ground::{End, Ground, ip};
 
-/// It takes some 100 ms; only a failure takes so long.
+/// The connections take some 50 ms; only a failure takes so long.
 const PATIENCE: Duration = Duration::from_secs(4);
 
-/// What the kernel may add to that, by not letting go of the thread.
-const HARD_LIMIT: Duration = Duration::from_secs(6);
+/// For all of it. Loading the programs takes most of the time, on a slow or busy machine seconds,
+/// and nobody can end a thread that the kernel does not let go of.
+const HARD_LIMIT: Duration = Duration::from_secs(30);
 
 /// Bytes of the stream each way.
 const STREAM: usize = 512 * 1024;
@@ -91,13 +92,7 @@ fn test(ground: &Ground) -> Verdict {
         Ok(runtime) => runtime,
         Err(error) => return Verdict::NotTried(error),
     };
-    let outcome = runtime.block_on(async {
-        match timeout(PATIENCE, Test::run(ground)).await {
-            Ok(outcome) => outcome,
-            Err(_) => bail!("not done after {} s", PATIENCE.as_secs()),
-        }
-    });
-    match outcome {
+    match runtime.block_on(Test::run(ground)) {
         Ok(()) => Verdict::Passed(format!(
             "a connection switched, {} KiB each way with losses, half-close; one reset ({})",
             STREAM >> 10,
@@ -123,11 +118,16 @@ impl<'a> Test<'a> {
         let (packet, news) = Packet::start(&config, nowhere, 16, places, metrics)?;
         tokio::spawn(ends::run(Arc::clone(&packet), news, None));
         let test = Self { ground, packet };
-        tokio::try_join!(
-            async { test.in_order(false).await.context("a connection that ends in order") },
-            async { test.reset(ground.has_v6).await.context("a connection that is reset") },
-        )?;
-        Ok(())
+        let both = async {
+            tokio::try_join!(
+                async { test.in_order(false).await.context("a connection that ends in order") },
+                async { test.reset(ground.has_v6).await.context("a connection that is reset") },
+            )
+        };
+        match timeout(PATIENCE, both).await {
+            Ok(outcome) => outcome.map(drop),
+            Err(_) => bail!("two connections were not done after {} s", PATIENCE.as_secs()),
+        }
     }
 
     /// A stream each way, then one end after the other.
