@@ -94,8 +94,8 @@ pub struct Half {
     pub family: u16,
     /// Added to its sequence numbers; taken from acknowledgements that go to it. (Loader.)
     pub seq_add: u32,
-    /// Added to its timestamps; taken from the echoes that go to it. (Loader, then once the
-    /// program with the first segment.)
+    /// Added to its timestamps; taken from the echoes that go to it. (Program, with the first
+    /// segment.)
     pub ts_add: u32,
     /// Added to milliseconds of CLOCK_MONOTONIC gives what our socket towards this end would say
     /// as its timestamp. (Loader.)
@@ -121,14 +121,14 @@ pub struct Half {
     pub sent: u32,
     /// In our space: the last acknowledgement that it has sent. (Program.)
     pub acked: u32,
-    /// In its space: after its FIN. (Program.)
+    /// In its space: after its FIN. (Program; the loader with [`Self::early_fin`].)
     pub fin: u32,
     /// The last window that it announced, unscaled. (Program.)
     pub window: u16,
     /// Not 0: [`Self::ts_add`] is final. (Program.)
     pub ts_fixed: u8,
-    /// Named, so that every byte is written.
-    pub padding: [u8; 1],
+    /// Not 0: its FIN came to our socket, during the switch; [`Self::fin`] holds. (Loader.)
+    pub early_fin: u8,
     /// Its last timestamp. (Program.)
     pub tsval: u32,
     /// Its segments that were dropped: they could not be parsed or were too large. (Program.)

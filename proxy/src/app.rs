@@ -147,9 +147,7 @@ impl App {
         let admin_socket = config.admin_socket.as_deref().and_then(control::open);
         let admin_socket = admin_socket.map(|(listener, name)| {
             let connections: Arc<dyn control::Connections> = match &packet {
-                Some(packet) => {
-                    Arc::new(packet::Handle(Arc::clone(packet), side.handle().clone()))
-                }
+                Some(packet) => Arc::new(packet::Handle(Arc::clone(packet), side.handle().clone())),
                 None => Arc::new(control::Empty),
             };
             side.spawn(control::serve(listener, connections));
@@ -227,6 +225,9 @@ impl App {
             drained.await;
             clean
         });
+        if let Some(packet) = &packet {
+            packet.leave();
+        }
         info!(clean, "ended");
         self.side.shutdown_background();
         Ok(if clean { ExitCode::SUCCESS } else { ExitCode::FAILURE })

@@ -38,8 +38,7 @@ use anyhow::{Context as _, Result};
 use aya::Ebpf;
 use aya::maps::{MapData, PerCpuArray, RingBuf};
 use proxy_common::{
-    Counter, Half, PHASE_SETTLED, Record, SERVER, Seen, Tuple, WATCH_LOCAL,
-    WATCH_REMOTE,
+    Counter, Half, PHASE_SETTLED, Record, SERVER, Seen, Tuple, WATCH_LOCAL, WATCH_REMOTE,
 };
 use rustix::io::Errno;
 use socket2::{SockAddr, SockRef};
@@ -68,7 +67,7 @@ pub const FIRST_LOOK: Moment = Moment { after: Duration::from_millis(20), bytes:
 pub const NEXT_LOOK: Duration = Duration::from_millis(500);
 
 /// Attempts for one connection. What is still busy after so many is left alone.
-pub const LOOKS: u32 = 6;
+pub const LOOKS: u8 = 6;
 
 /// Original destinations that clients may teach us to watch.
 const LEARNED: usize = 256;
@@ -131,8 +130,9 @@ impl Packet {
         let object = Object::load(config.bpffs.as_deref(), connections)?;
         let Object { mut ebpf, table, events, seen, watched, counters, pins, hold } = object;
         let note = pins.as_ref().map(|_| std::path::Path::new("/run/steward-tcp-proxy/ports"));
-        let ports = PortPool::reserve(note.filter(|note| note.parent().is_some_and(|p| p.exists())))
-            .context("local ports")?;
+        let ports =
+            PortPool::reserve(note.filter(|note| note.parent().is_some_and(|p| p.exists())))
+                .context("local ports")?;
         let paths = Paths::open(&mut ebpf, pins.as_deref()).context("attaching to devices")?;
         let packet = Arc::new(Self {
             table,
@@ -181,6 +181,14 @@ impl Packet {
     #[must_use]
     pub fn is_pinned(&self) -> bool {
         self.is_pinned
+    }
+
+    /// Gives back what was taken from the host for as long as connections live without a socket;
+    /// for the end of a process that leaves none.
+    pub fn leave(&self) {
+        if let Err(error) = ports::release_reservation(None) {
+            tracing::warn!(%error, "reserved ports stay reserved");
+        }
     }
 
     /// Switched connections.

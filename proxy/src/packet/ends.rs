@@ -10,8 +10,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use proxy_common::{
-    CLIENT, EVENT_CLOSED, EVENT_RESET, EVENT_TOO_BIG, Event, MARK_ACKED_FIN, MARK_FIRST, MARK_RESET,
-    PHASE_SETTLED, Record, SERVER,
+    CLIENT, EVENT_CLOSED, EVENT_RESET, EVENT_TOO_BIG, Event, MARK_ACKED_FIN, MARK_FIRST,
+    MARK_RESET, PHASE_SETTLED, Record, SERVER,
 };
 use tokio::time::{Instant, interval, sleep_until};
 
@@ -52,7 +52,8 @@ enum Kind {
 pub async fn run(packet: Arc<Packet>, news: News, idle_timeout: Option<Duration>) {
     let News { mut events, mut watch } = news;
     let mut closing: HashMap<u32, Closing> = HashMap::new();
-    let mut idle = idle_timeout.map(|timeout| interval((timeout / 4).max(Duration::from_millis(50))));
+    let mut idle =
+        idle_timeout.map(|timeout| interval((timeout / 4).max(Duration::from_millis(50))));
     loop {
         let next = closing.values().map(|closing| closing.due).min();
         tokio::select! {
