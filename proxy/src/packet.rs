@@ -9,6 +9,7 @@
 //! - [`paths`]: devices that carry the programs ([`devices`], [`attach`]) and ways ([`routes`])
 //! - [`eligible`]: whether two connections can be joined; [`switch`]: how it is done
 //! - [`ends`]: what happens to a switched connection later; [`inject`]: segments in its name
+//! - [`selftest`]: two connections of our own, before anybody else's
 //! - [`ports`], [`conntrack`]: that nobody else gets what a switched connection uses
 
 pub mod attach;
@@ -23,6 +24,7 @@ pub mod object;
 pub mod paths;
 pub mod ports;
 pub mod routes;
+pub mod selftest;
 pub mod switch;
 pub mod table;
 pub mod tcp;
@@ -52,7 +54,7 @@ use eligible::Ineligible;
 use grace::Grace;
 use inject::{Injector, Segment};
 use netlink::Watch;
-use object::{Object, Watched};
+use object::{Hold, Object, Watched};
 use paths::Paths;
 use ports::{Port, PortPool};
 use table::{Slot, Table};
@@ -92,6 +94,7 @@ pub struct Packet {
 struct Machinery {
     ebpf: Ebpf,
     paths: Paths,
+    _hold: Hold,
 }
 
 /// What [`ends::run`] waits on.
@@ -125,14 +128,12 @@ impl Packet {
         let watch = Watch::open().context("netlink")?;
         let connections = u32::try_from(max_connections).unwrap_or(u32::MAX).max(16);
         let object = Object::load(config.bpffs.as_deref(), connections)?;
-        let Object { mut ebpf, table, events, seen, watched, counters, pins, guard } = object;
+        let Object { mut ebpf, table, events, seen, watched, counters, pins, hold } = object;
         let note = pins.as_ref().map(|_| std::path::Path::new("/run/steward-tcp-proxy/ports"));
         let ports =
             PortPool::reserve(note.filter(|note| note.parent().is_some_and(|p| p.exists())))
                 .context("local ports")?;
         let paths = Paths::open(&mut ebpf, pins.as_deref()).context("attaching to devices")?;
-        // The guard works as long as it is held.
-        std::mem::forget(guard);
         let packet = Arc::new(Self {
             table,
             grace,
@@ -141,7 +142,7 @@ impl Packet {
             max_rtt: config.max_rtt,
             seen: Mutex::new(seen),
             watched: Mutex::new((watched, HashSet::new())),
-            machinery: Mutex::new(Machinery { ebpf, paths }),
+            machinery: Mutex::new(Machinery { ebpf, paths, _hold: hold }),
             conntrack: Mutex::new(Conntrack::open().unwrap_or_default()),
             guards: Mutex::default(),
             counters,
@@ -380,7 +381,7 @@ impl Packet {
     /// changed.
     fn refresh(&self) {
         let mut machinery = lock(&self.machinery);
-        let Machinery { ebpf, paths } = &mut *machinery;
+        let Machinery { ebpf, paths, .. } = &mut *machinery;
         match paths.refresh(ebpf) {
             Ok(changes) => {
                 self.metrics.packet_reattached.inc_by(changes.lost as u64);

@@ -10,7 +10,7 @@ mod splice;
 use std::fmt;
 use std::str::FromStr;
 
-pub(crate) use pump::fault;
+pub(crate) use pump::{fault, last_words};
 pub use pump::{Counters, Limits, Moment, Outcome, run};
 pub use splice::PipePool;
 
