@@ -10,8 +10,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use proxy_common::{
-    CLIENT, EVENT_CLOSED, EVENT_LEFT, EVENT_RESET, EVENT_STRAY, EVENT_TOO_BIG, Event, MARK_ACKED_FIN,
-    MARK_FIRST, MARK_RESET, PHASE_SETTLED, Record, SERVER,
+    CLIENT, EVENT_CLOSED, EVENT_LEFT, EVENT_RESET, EVENT_STRAY, EVENT_TOO_BIG, Event,
+    MARK_ACKED_FIN, MARK_FIRST, MARK_RESET, PHASE_SETTLED, Record, SERVER,
 };
 use tokio::time::{Instant, interval, sleep_until};
 

@@ -7,8 +7,8 @@ use rustix::process::{Resource, getrlimit};
 use rustix::thread::{CapabilitySet, capabilities};
 
 use super::gates::{
-    CAP_BPF, CAP_NET_ADMIN, CAP_NET_RAW, CAP_PERFMON, CAP_SYS_ADMIN, KERNEL, LOCKDOWN, LSM, MEMLOCK, SECCOMP,
-    USER_NAMESPACE, add_capability, allow_call,
+    CAP_BPF, CAP_NET_ADMIN, CAP_NET_RAW, CAP_PERFMON, CAP_SYS_ADMIN, KERNEL, LOCKDOWN, LSM,
+    MEMLOCK, SECCOMP, USER_NAMESPACE, add_capability, allow_call,
 };
 use super::{Row, Status};
 

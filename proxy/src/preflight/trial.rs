@@ -43,14 +43,8 @@ pub(super) enum Stage {
 }
 
 impl Stage {
-    pub(super) const ALL: [Self; 6] = [
-        Self::RingBuffer,
-        Self::Load,
-        Self::Namespace,
-        Self::Attach,
-        Self::Handshake,
-        Self::Relay,
-    ];
+    pub(super) const ALL: [Self; 6] =
+        [Self::RingBuffer, Self::Load, Self::Namespace, Self::Attach, Self::Handshake, Self::Relay];
 
     /// The name of its row.
     pub(super) fn as_label(self) -> &'static str {

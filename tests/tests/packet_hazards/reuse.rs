@@ -61,12 +61,10 @@ fn after_a_crash(family: Family) {
     // Nothing of its last words gets out.
     let client = &ground.row.client;
     let filter = |verb: &str| {
-        for kind in ["blackhole"] {
-            let prefix = if family == Family::V4 { "" } else { "-6" };
-            let front = ground.front().ip();
-            let length = if family == Family::V4 { 32 } else { 128 };
-            client.ip(&format!("{prefix} route {verb} {kind} {front}/{length}"));
-        }
+        let prefix = if family == Family::V4 { "" } else { "-6" };
+        let front = ground.front().ip();
+        let length = if family == Family::V4 { 32 } else { 128 };
+        client.ip(&format!("{prefix} route {verb} blackhole {front}/{length}"));
     };
     filter("add");
     connection.client.reset();
