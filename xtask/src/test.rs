@@ -38,6 +38,7 @@ const SUITES: &[(Tier, &str)] = &[
     (Tier::Kernel, "wires"),
     (Tier::Kernel, "bad_wires"),
     (Tier::Kernel, "check"),
+    (Tier::Kernel, "selftest"),
     (Tier::Kube, "apiserver_smoke"),
     (Tier::Kube, "endpoints_real"),
 ];
