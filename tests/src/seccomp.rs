@@ -53,7 +53,8 @@ impl Call {
         // struct seccomp_data: the number, the architecture, the instruction's address, arguments
         // of 64 bits, which have their lower half first on little-endian machines.
         let number = [(0, self.number)].into_iter();
-        let arguments = self.arguments.iter().map(|(index, value)| (16 + 8 * u32::from(*index), *value));
+        let arguments =
+            self.arguments.iter().map(|(index, value)| (16 + 8 * u32::from(*index), *value));
         let conditions: Vec<(u32, u32)> = number.chain(arguments).collect();
         let step = |code: u32, jt, jf, k| libc::sock_filter { code: code as u16, jt, jf, k };
         let mut filter = Vec::new();

@@ -1,8 +1,8 @@
 //! The engine in the kernel tries itself before it may have connections. Needs root: the engine
 //! loads programs, each proxy on a host of its own (a network namespace).
 
-use std::sync::Arc;
 use std::process::Command;
+use std::sync::Arc;
 
 use proxy_tests::netns::Host;
 use proxy_tests::proxy::{Launch, binary};

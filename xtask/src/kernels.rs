@@ -19,15 +19,8 @@ use anyhow::{Context as _, Result, bail, ensure};
 use crate::shell::{cargo, root, run as sh, say, target, which};
 
 /// Modules that the suites need, where the kernel does not have them built in.
-const MODULES: &[&str] = &[
-    "veth",
-    "tun",
-    "sch_ingress",
-    "cls_bpf",
-    "act_bpf",
-    "nf_conntrack",
-    "nf_conntrack_netlink",
-];
+const MODULES: &[&str] =
+    &["veth", "tun", "sch_ingress", "cls_bpf", "act_bpf", "nf_conntrack", "nf_conntrack_netlink"];
 
 /// What the guest prints after each program, followed by its exit status.
 const STATUS: &str = "xtask-status";
@@ -85,8 +78,13 @@ struct Program {
 impl Program {
     fn of_suite(wish: &str) -> Result<Self> {
         let (suite, filter) = wish.split_once('=').unwrap_or((wish, ""));
-        let mut command =
-            cargo(&["test", "--no-run", "--test", suite, "--message-format=json-render-diagnostics"]);
+        let mut command = cargo(&[
+            "test",
+            "--no-run",
+            "--test",
+            suite,
+            "--message-format=json-render-diagnostics",
+        ]);
         let output = command.stderr(Stdio::inherit()).output()?;
         ensure!(output.status.success(), "suite {suite} does not build");
         let messages = String::from_utf8(output.stdout)?;

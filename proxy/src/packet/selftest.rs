@@ -25,13 +25,13 @@ use tracing::subscriber::NoSubscriber;
 
 use super::eligible::Ineligible;
 use super::{Packet, ends};
+use crate::accept;
 use crate::config::{Host, HostPort, ListenAddr, PacketConfig, UpstreamAddrs};
 use crate::drain::Drain;
 use crate::metrics::Metrics;
 use crate::relay::{Counters, Engine, Limits, PipePool, Wish};
 use crate::session::Shared;
 use crate::upstream::Upstream;
-use crate::accept;
 use ground::{End, Ground, ip};
 
 /// The connections take some 50 ms; only a failure takes so long.

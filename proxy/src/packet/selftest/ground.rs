@@ -10,9 +10,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::time::{Duration, Instant};
 
-use rustix::thread::{
-    LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe,
-};
+use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe};
 
 use crate::packet::netlink::{Body, Netlink, context};
 use crate::packet::routes;
@@ -161,9 +159,8 @@ fn join(netlink: &mut Netlink, end: End, name: &str, far: &File) -> io::Result<(
     let device = |is_far| link(end.wire(is_far), 0).with_text(libc::IFLA_IFNAME, name);
     let peer = device(true).with_u32(IFLA_NET_NS_FD, far);
     let data = Body::default().with_nest(VETH_INFO_PEER, peer);
-    let info = Body::default()
-        .with_text(libc::IFLA_INFO_KIND, "veth")
-        .with_nest(IFLA_INFO_DATA, data);
+    let info =
+        Body::default().with_text(libc::IFLA_INFO_KIND, "veth").with_nest(IFLA_INFO_DATA, data);
     let body = device(false).with_nest(libc::IFLA_LINKINFO, info);
     let flags = (libc::NLM_F_CREATE | libc::NLM_F_EXCL) as u16;
     netlink.request(libc::RTM_NEWLINK, flags, &body).map_err(context("veth (RTM_NEWLINK)"))?;
