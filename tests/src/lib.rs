@@ -19,6 +19,7 @@ pub mod process;
 pub mod proxy;
 pub mod row;
 pub mod script;
+pub mod seccomp;
 pub mod segments;
 pub mod servers;
 pub mod sniff;

@@ -15,6 +15,7 @@ use serde_json::Value;
 use crate::admin::{self, Answer};
 use crate::netns::Host;
 use crate::process::Watched;
+use crate::seccomp::Call;
 use crate::wait::{BOUND, eventually};
 
 /// Lines of the log shown when a test fails.
@@ -48,6 +49,7 @@ pub struct Launch {
     open_files: Option<u64>,
     hosts: Option<PathBuf>,
     host: Option<Arc<Host>>,
+    refused: Option<Call>,
 }
 
 impl Launch {
@@ -67,7 +69,8 @@ impl Launch {
             "--bpffs=off",
         ];
         let flags = flags.map(str::to_owned).to_vec();
-        Self { flags, open_files: None, hosts: None, host: None }.flag("upstream-addr", upstream)
+        Self { flags, open_files: None, hosts: None, host: None, refused: None }
+            .flag("upstream-addr", upstream)
     }
 
     /// Adds `--name=value`; the last of several wins.
@@ -81,6 +84,13 @@ impl Launch {
     #[must_use]
     pub fn open_files(mut self, limit: u64) -> Self {
         self.open_files = Some(limit);
+        self
+    }
+
+    /// Has the kernel refuse this call to the proxy.
+    #[must_use]
+    pub fn refuse(mut self, call: Call) -> Self {
+        self.refused = Some(call);
         self
     }
 
@@ -137,6 +147,9 @@ impl Launch {
                 command(unshare, &self.flags)
             }
         };
+        if let Some(call) = &self.refused {
+            call.clone().refuse_to(&mut command);
+        }
         let open_files = self.open_files;
         // SAFETY: between fork and exec only async-signal-safe calls are made (prctl, setrlimit),
         // and nothing is allocated.

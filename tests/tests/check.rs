@@ -2,13 +2,14 @@
 //! nothing stays in the kernel. Needs root.
 
 use std::collections::BTreeSet;
-use std::io;
 use std::os::unix::process::CommandExt as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Output};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use proxy_tests::proxy::binary;
+use proxy_tests::seccomp::Call;
 use rustix::thread::{CapabilitySet, remove_capability_from_bounding_set};
 use serde_json::Value;
 
@@ -20,15 +21,6 @@ fn alone() -> MutexGuard<'static, ()> {
     static KERNEL: Mutex<()> = Mutex::new(());
     assert!(rustix::process::geteuid().is_root(), "this suite needs root: it loads programs");
     KERNEL.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn binary() -> PathBuf {
-    if let Some(named) = std::env::var_os("STEWARD_TCP_PROXY_BIN") {
-        return named.into();
-    }
-    let this = std::env::current_exe().expect("this program has a path");
-    let folder = this.parent().and_then(Path::parent).expect("in target/<profile>/deps");
-    folder.join("steward-tcp-proxy")
 }
 
 /// A finished `check --output json`.
@@ -99,30 +91,8 @@ fn with_capabilities(kept: CapabilitySet) -> Command {
 
 /// `check` under a seccomp filter that answers EPERM to one system call.
 fn without_call(number: libc::c_long) -> Command {
-    let number = u32::try_from(number).expect("a system call");
-    let step = |code: u32, jt, jf, k| libc::sock_filter { code: code as u16, jt, jf, k };
-    let refuse = libc::SECCOMP_RET_ERRNO | libc::EPERM as u32;
-    // The number is the first word of what the filter looks at.
-    let filter = [
-        step(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
-        step(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, number),
-        step(libc::BPF_RET | libc::BPF_K, 0, 0, refuse),
-        step(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ALLOW),
-    ];
     let mut command = Command::new(binary());
-    // SAFETY: between fork and exec only prctl is called; the kernel copies the filter, which
-    // lives in the closure.
-    unsafe {
-        command.pre_exec(move || {
-            let program =
-                libc::sock_fprog { len: filter.len() as u16, filter: filter.as_ptr().cast_mut() };
-            let mode = libc::SECCOMP_MODE_FILTER;
-            match libc::prctl(libc::PR_SET_SECCOMP, mode, &raw const program) {
-                0 => Ok(()),
-                _ => Err(io::Error::last_os_error()),
-            }
-        });
-    }
+    Call::new(number).refuse_to(&mut command);
     command
 }
 
@@ -269,6 +239,9 @@ fn a_seccomp_profile_that_refuses_a_call_is_named() {
     let checked = Checked::run(without_call(libc::SYS_unshare));
     checked.blames("seccomp", "refuses unshare()");
     assert_eq!(checked.row("load program")["status"], "ok");
+    let checked = Checked::run(without_call(libc::SYS_membarrier));
+    checked.blames("seccomp", "refuses membarrier()");
+    assert_eq!(checked.gates("failed"), ["seccomp", "packet relay"]);
 }
 
 #[test]

@@ -32,7 +32,7 @@ pub struct Flags {
     #[arg(required = true)]
     packages: Vec<PathBuf>,
     /// What to run beside `check`: a suite, or a suite and which of its tests
-    #[arg(long = "suite", value_name = "SUITE[=FILTER]", default_values = ["check", "wires=packet"])]
+    #[arg(long = "suite", value_name = "SUITE[=FILTER]", default_values = ["check", "selftest", "bad_wires=packet::clean"])]
     suites: Vec<String>,
     /// Memory of a machine, in MiB
     #[arg(long, default_value = "1024")]

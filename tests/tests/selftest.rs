@@ -1,0 +1,66 @@
+//! The engine in the kernel tries itself before it may have connections. Needs root: the engine
+//! loads programs, each proxy on a host of its own (a network namespace).
+
+use std::process::Command;
+use std::sync::Arc;
+
+use proxy_tests::netns::Host;
+use proxy_tests::proxy::{Launch, binary};
+use proxy_tests::seccomp::Call;
+use serde_json::Value;
+
+/// Freezing a socket, the last step of a switch, which nothing needs before the first switch:
+/// setsockopt(_, IPPROTO_TCP, TCP_REPAIR, …).
+fn freezing() -> Call {
+    const TCP_REPAIR: u32 = 19;
+    Call::new(libc::SYS_setsockopt).with(1, libc::IPPROTO_TCP as u32).with(2, TCP_REPAIR)
+}
+
+fn launch(engine: &str) -> Launch {
+    let host = Arc::new(Host::new("node"));
+    // Fewer than the usual, lest a low limit of descriptors be the first thing that is told.
+    let launch = Launch::new("127.0.0.1:9").flag("max-connections", 100);
+    launch.flag("engine", engine).on(&host)
+}
+
+fn begins(line: &Value, beginning: &str) -> bool {
+    line["message"].as_str().is_some_and(|message| message.starts_with(beginning))
+}
+
+#[test]
+fn an_engine_that_cannot_finish_a_switch_gets_no_connection() {
+    let proxy = launch("auto").refuse(freezing()).start();
+    // Whatever the self-test's own engine says, it would be said before.
+    let line = proxy.log_line("the first line", |_| true);
+    assert!(begins(&line, "no relaying in the kernel") && line["level"] == "INFO", "{line:#}");
+    let reason = line["reason"].as_str().expect("a reason");
+    assert!(reason.starts_with("the self-test: a connection that"), "{reason}");
+}
+
+#[test]
+fn asked_for_by_name_it_is_fatal() {
+    let mut command = Command::new(binary());
+    command.args(["--upstream-addr=127.0.0.1:9", "--listen-addr=127.0.0.1:0", "--bpffs=off"]);
+    command.args(["--admin-addr=127.0.0.1:0", "--admin-socket=off", "--endpoint-mode=off"]);
+    command.arg("--engine=packet").env_remove("RUST_LOG");
+    freezing().refuse_to(&mut command);
+    let output = Host::new("node").run(move || command.output()).expect("it starts");
+    let log = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{log}");
+    assert!(log.contains("engine packet cannot work here: the self-test"), "{log}");
+}
+
+#[test]
+fn without_namespaces_it_is_used_untested() {
+    let proxy = launch("packet").refuse(Call::new(libc::SYS_unshare)).start();
+    let line = proxy.log_line("the first line", |_| true);
+    assert!(begins(&line, "no self-test") && line["level"] == "INFO", "{line:#}");
+    assert!(line["error"].as_str().is_some_and(|error| error.contains("unshare")), "{line:#}");
+}
+
+#[test]
+fn where_all_works_nothing_is_said() {
+    let proxy = launch("packet").start();
+    let line = proxy.log_line("the first line", |_| true);
+    assert!(begins(&line, "listening"), "{line:#}");
+}
