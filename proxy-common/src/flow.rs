@@ -127,8 +127,8 @@ pub struct Half {
     pub window: u16,
     /// Not 0: [`Self::ts_add`] is final. (Program.)
     pub ts_fixed: u8,
-    /// Named, so that every byte is written.
-    pub padding: [u8; 1],
+    /// Of the client's half. Not 0: the access log knows of the connection's end. (Loader.)
+    pub told: u8,
     /// Its last timestamp. (Program.)
     pub tsval: u32,
     /// Its segments that were dropped: they could not be parsed or were too large. (Program.)

@@ -199,6 +199,9 @@ impl App {
             drain.begin();
             self.metrics.draining.set(1);
             info!(signal = name, deadline = ?config.drain_timeout, "draining");
+            if let Some(packet) = &self.packet {
+                packet.leave().await;
+            }
             let mut drained = pin!(async {
                 // Whom the kernel has let in becomes a session before the last one can end.
                 let _ = accepting.await;

@@ -83,6 +83,10 @@ impl Attempt<'_> {
     /// Tries to switch.
     pub async fn run(mut self) -> Outcome {
         let begun = Instant::now();
+        // None: a successor has the records.
+        let Some(_turn) = self.packet.turn() else {
+            return Outcome::Stays(Ineligible::Refused, self.moved);
+        };
         let plan = match self.plan() {
             Ok(plan) => plan,
             Err(reason) => return Outcome::Stays(reason, self.moved),
@@ -102,7 +106,7 @@ impl Attempt<'_> {
         self.packet.table().go_live(slot);
         match self.finish(slot, &halves).await {
             Ok(()) => {
-                self.packet.note_switched(begun.elapsed());
+                self.packet.note_switched(slot, begun.elapsed());
                 Outcome::Switched(slot)
             }
             Err(reason) => {
