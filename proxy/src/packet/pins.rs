@@ -131,7 +131,7 @@ pub fn lock(directory: &Path) -> io::Result<Option<File>> {
 /// /proc is not there.
 pub fn be_present() -> io::Result<File> {
     let namespace = File::open("/proc/thread-self/ns/net")?;
-    // Refused while a clean-up is under way, which is over soon.
+    // Waits while a clean-up is under way, which is over soon.
     flock(&namespace, FlockOperation::LockShared)?;
     Ok(namespace)
 }
