@@ -4,6 +4,9 @@
 
 mod ground;
 mod lives;
+mod moments;
+mod traces;
+mod unpinned;
 
 macro_rules! takeover {
     ({ $($name:ident: $family:ident, $way:ident;)* } $tests:tt) => {
@@ -36,5 +39,11 @@ takeover! {
         lives::another_limit_of_connections,
         lives::ends_that_no_process_saw,
         lives::the_next_process_kills_them,
+        moments::at_random,
+        unpinned::a_warning_and_resets_when_killed,
+        unpinned::sigterm_waits_for_their_end,
+        unpinned::the_deadline_and_a_second_signal_reset_them,
+        unpinned::pins_belong_to_one_process,
+        traces::cleanup_leaves_nothing_behind,
     }
 }

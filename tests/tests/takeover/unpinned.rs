@@ -4,14 +4,16 @@ use proxy_tests::peers::Peer;
 
 use crate::ground::{Ground, Pair, await_relayed_by_kernel};
 
+fn is_warning(line: &serde_json::Value) -> bool {
+    let text = line["message"].as_str().unwrap_or_default();
+    line["level"] == "WARN" && text.contains("end with this process")
+}
+
 pub fn a_warning_and_resets_when_killed(at: &Ground) {
     // The folder is there, but on another file system.
     let mut proxy = at.launch().flag("bpffs", "/tmp/steward-tcp-proxy-none").start();
-    proxy.log_line("the warning", |line| {
-        let text = line["message"].as_str().unwrap_or_default();
-        line["level"] == "WARN" && text.contains("end with this process")
-    });
-    assert_eq!(proxy.count_lines(|line| line["level"] == "WARN"), 1);
+    proxy.log_line("the warning", is_warning);
+    assert_eq!(proxy.count_lines(is_warning), 1);
     let pairs = at.switched(&proxy, 2);
     proxy.kill9();
     // No program is in the way any more: the node's own stack answers.
@@ -24,7 +26,7 @@ pub fn a_warning_and_resets_when_killed(at: &Ground) {
         }
     }
     let next = at.launch().flag("bpffs", "off").start();
-    assert_eq!(next.count_lines(|line| line["level"] == "WARN"), 0, "it was asked for");
+    assert_eq!(next.count_lines(is_warning), 0, "it was asked for");
     at.switched(&next, 1)[0].talk();
 }
 
