@@ -91,11 +91,13 @@ pub struct Half {
     /// limit. (Loader, also later.)
     pub mtu: u16,
     /// 4 or 6. (Loader.)
-    pub family: u16,
+    pub family: u8,
+    /// Of the client's half. Not 0: the access log knows of the connection's end. (Loader.)
+    pub told: u8,
     /// Added to its sequence numbers; taken from acknowledgements that go to it. (Loader.)
     pub seq_add: u32,
-    /// Added to its timestamps; taken from the echoes that go to it. (Loader, then once the
-    /// program with the first segment.)
+    /// Added to its timestamps; taken from the echoes that go to it. (Program, with the first
+    /// segment.)
     pub ts_add: u32,
     /// Added to milliseconds of CLOCK_MONOTONIC gives what our socket towards this end would say
     /// as its timestamp. (Loader.)
@@ -121,16 +123,16 @@ pub struct Half {
     pub sent: u32,
     /// In our space: the last acknowledgement that it has sent. (Program.)
     pub acked: u32,
-    /// In its space: after its FIN. (Program.)
+    /// In its space: after its FIN. (Program; the loader with [`Self::early_fin`].)
     pub fin: u32,
     /// The last window that it announced, unscaled. (Program.)
     pub window: u16,
     /// Not 0: [`Self::ts_add`] is final. (Program.)
     pub ts_fixed: u8,
-    /// Of the client's half. Not 0: the access log knows of the connection's end. (Loader.)
-    pub told: u8,
-    /// Its last timestamp. (Program.)
-    pub tsval: u32,
+    /// Not 0: its FIN came to our socket, during the switch; [`Self::fin`] holds. (Loader.)
+    pub early_fin: u8,
+    /// In its space: the first byte of its stream. (Loader.)
+    pub first: u32,
     /// Its segments that were dropped: they could not be parsed or were too large. (Program.)
     pub dropped: u32,
     /// When its last segment came: nanoseconds of CLOCK_MONOTONIC. (Program.)

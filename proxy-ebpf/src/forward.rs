@@ -7,15 +7,16 @@
 //! No packet is trusted by itself: RST, SYN and FIN are only passed on, and what is remembered of a
 //! segment is remembered only if its numbers lie where the two ends are.
 
-use aya_ebpf::bindings::{__sk_buff, BPF_F_INGRESS, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM};
 use aya_ebpf::bindings::TC_ACT_UNSPEC;
+use aya_ebpf::bindings::{__sk_buff, BPF_F_INGRESS, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM};
 use aya_ebpf::helpers::{
     bpf_clone_redirect, bpf_csum_diff, bpf_ktime_get_ns, bpf_l3_csum_replace, bpf_l4_csum_replace,
     bpf_redirect_neigh, bpf_skb_change_tail, bpf_skb_store_bytes,
 };
 use proxy_common::{
     Counter, EVENT_CLOSED, EVENT_RESET, EVENT_TOO_BIG, Event, FlowRef, HOOK_INGRESS, Half,
-    MARK_ACKED_FIN, MARK_FIN, MARK_FIRST, MARK_RESET, OptionsBuffer, PHASE_LIVE, Record, flags,
+    MARK_ACKED_FIN, MARK_FIN, MARK_FIRST, MARK_RESET, OptionsBuffer, PHASE_LIVE, Record, Tuple,
+    flags,
 };
 
 use crate::headers::{self, IPV4_HEADER, IPV6_HEADER, Segment, TCP_HEADER};
@@ -73,9 +74,7 @@ pub fn forward(skb: *mut __sk_buff, segment: &Segment, slot: u32, tag: u32) -> i
         // Not for this device, but for a VLAN device on it, where it will come by again.
         return TC_ACT_UNSPEC;
     }
-    if buffer.pkt_type != PACKET_HOST
-        || (device != half.in_ifindex && device != half.out_ifindex)
-    {
+    if buffer.pkt_type != PACKET_HOST || (device != half.in_ifindex && device != half.out_ifindex) {
         count(Counter::Misplaced);
         return TC_ACT_UNSPEC;
     }
@@ -109,6 +108,62 @@ pub fn forward(skb: *mut __sk_buff, segment: &Segment, slot: u32, tag: u32) -> i
     // SAFETY: no preconditions; without parameters the kernel asks the routing table for the next
     // hop on that device, so a new gateway is noticed at once.
     unsafe { bpf_redirect_neigh(other.out_ifindex, core::ptr::null_mut(), 0, 0) as i32 }
+}
+
+/// A segment of our own socket, on its way to an end: acknowledges what the other end has
+/// acknowledged since, in whose place it speaks. Left as it was, it would be refused once that lies
+/// more than a window ahead (RFC 5961, section 5.2), and bytes sent again would never arrive.
+#[inline(never)]
+pub fn speak_for(skb: *mut __sk_buff, segment: &Segment) -> u8 {
+    let arriving = Tuple { source: segment.tuple.destination, destination: segment.tuple.source };
+    // SAFETY: see find.
+    let Some(flow) = (unsafe { FLOWS.get(arriving) }).copied() else {
+        return 0;
+    };
+    let Some(record) = RECORDS.get_ptr_mut(flow.slot) else {
+        return 0;
+    };
+    if !is_live(record, flow)
+        || segment.flags & (flags::SYN | flags::RST | flags::ACK) != flags::ACK
+    {
+        return 0;
+    }
+    // SAFETY: as in forward.
+    let (half, other) = unsafe {
+        let halves = (&raw const (*record).halves).cast::<Half>();
+        (&*halves.add(flow.side()), &*halves.add(flow.side() ^ 1))
+    };
+    if half.remote != arriving.source || half.local != arriving.destination {
+        return 0;
+    }
+    let acknowledged = other.acked.wrapping_sub(half.seq_add);
+    if !is_before(segment.acknowledgement, acknowledged) {
+        return 0;
+    }
+    let Some(old) = headers::load::<16>(skb, segment.tcp) else {
+        return 1;
+    };
+    let mut new = old;
+    let window = scale(u32::from(other.window) << (other.shift & 15), half.our_shift);
+    new[8..12].copy_from_slice(&acknowledged.to_be_bytes());
+    new[14..16].copy_from_slice(&window.to_be_bytes());
+    if !store(skb, LINK + segment.tcp, &new, 0) {
+        return 1;
+    }
+    adjust(skb, segment.tcp, difference(&old, &new), 0)
+}
+
+/// A window in the scale of who announces it; never closed by rounding, which might be for good.
+#[inline(always)]
+fn scale(window: u32, shift: u8) -> u16 {
+    let scaled = window >> (shift & 15);
+    if scaled > 65535 {
+        65535
+    } else if scaled == 0 && window != 0 {
+        1
+    } else {
+        scaled as u16
+    }
 }
 
 #[inline(always)]
@@ -166,32 +221,45 @@ fn follow(segment: &Segment, half: &mut Half, other: &mut Half) -> u8 {
     let ahead = end.wrapping_sub(half.sent);
     let is_plausible = ahead.wrapping_add(room) <= room.wrapping_mul(2);
     let acknowledged = segment.acknowledgement.wrapping_sub(other.seq_add);
-    if !is_plausible || is_before(other.sent, acknowledged) {
+    // Bytes that came by way of our sockets during the switch are not in `sent` yet.
+    if !is_plausible || is_before(other.sent.wrapping_add(SLACK), acknowledged) {
         return 0;
     }
     let mut marks = half.marks & !MARK_RESET;
     half.window = segment.window;
-    if is_before(half.sent, end) {
-        // FIN has a number but is no byte; it may come again behind bytes that were lost.
-        let is_new_fin = fin != 0 && marks & MARK_FIN == 0;
-        half.bytes = half.bytes.wrapping_add(u64::from(ahead - u32::from(is_new_fin)));
-        half.sent = end;
-    }
+    let new_fin = fin != 0 && marks & MARK_FIN == 0 && half.early_fin == 0;
+    // Without branches, each of which doubles what the verifier has to walk through.
+    let step = ahead & !((ahead as i32 >> 31) as u32);
+    let sent = half.sent.wrapping_add(step);
+    half.sent = sent;
+    // From the number and not by adding what is new: segments of one direction may be in the hands
+    // of two CPUs at once. FIN has a number but is no byte; what follows it may come before it.
+    let has_fin = fin | u32::from(marks & MARK_FIN) | u32::from(half.early_fin & 1);
+    let bytes = half.bytes;
+    let more = sent.wrapping_sub(half.first).wrapping_sub(has_fin).wrapping_sub(bytes as u32);
+    half.bytes = bytes.wrapping_add(i64::from(more as i32) as u64);
     if is_before(half.acked, segment.acknowledgement) {
         half.acked = segment.acknowledgement;
     }
-    if fin != 0 && marks & MARK_FIN == 0 {
+    if new_fin {
         half.fin = end;
-        marks |= if other.marks & MARK_FIN == 0 { MARK_FIN | MARK_FIRST } else { MARK_FIN };
+        marks |= if other.marks & MARK_FIN == 0 && other.early_fin == 0 {
+            MARK_FIN | MARK_FIRST
+        } else {
+            MARK_FIN
+        };
     }
-    let is_acknowledged =
-        other.marks & MARK_FIN != 0 && !is_before(acknowledged, other.fin);
+    let has_ended = other.marks & MARK_FIN != 0 || other.early_fin != 0;
+    let is_acknowledged = has_ended && !is_before(acknowledged, other.fin);
     let is_news = is_acknowledged && marks & MARK_ACKED_FIN == 0;
     if is_news {
         marks |= MARK_ACKED_FIN;
     }
-    // Only segments of this end write this half, so no mark is lost between two CPUs.
-    half.marks = marks;
+    // Only segments of this end write this half; and few write marks, so that hardly ever one is
+    // lost between two CPUs.
+    if half.marks != marks {
+        half.marks = marks;
+    }
     // Told for either end: the loader looks whether it is both. (Here two CPUs might each miss what
     // the other is just writing.)
     if is_news { EVENT_CLOSED } else { 0 }
@@ -201,7 +269,8 @@ fn follow(segment: &Segment, half: &mut Half, other: &mut Half) -> u8 {
 #[inline(always)]
 fn reset(segment: &Segment, half: &mut Half, other: &Half) -> u8 {
     let expected = other.acked.wrapping_sub(half.seq_add);
-    let is_genuine = !is_before(segment.sequence, expected) && !is_before(half.sent, segment.sequence);
+    let is_genuine =
+        !is_before(segment.sequence, expected) && !is_before(half.sent, segment.sequence);
     if !is_genuine || half.marks & MARK_RESET != 0 {
         return 0;
     }
@@ -305,7 +374,6 @@ fn translate_options(scratch: &mut Scratch, half: &mut Half, other: &Half) -> u8
 fn translate_timestamps(scratch: &mut Scratch, half: &mut Half, other: &Half, at: u32) {
     let value = word(&scratch.old, at);
     let echo = word(&scratch.old, at + 4);
-    half.tsval = value;
     if half.ts_fixed == 0 {
         // From here on its clock continues ours, as the other end knows it. Two CPUs that get here
         // at once differ by a tick, which is allowed (RFC 7323 leaves one; so does Linux).
@@ -315,9 +383,9 @@ fn translate_timestamps(scratch: &mut Scratch, half: &mut Half, other: &Half, at
         half.ts_fixed = 1;
     }
     put(&mut scratch.new, at, value.wrapping_add(half.ts_add));
-    if echo != 0 {
-        put(&mut scratch.new, at + 4, echo.wrapping_sub(other.ts_add));
-    }
+    // Before the other end's clock is known there is nothing to echo; zero is no time for anybody.
+    let echoed = if other.ts_fixed == 0 || echo == 0 { 0 } else { echo.wrapping_sub(other.ts_add) };
+    put(&mut scratch.new, at + 4, echoed);
 }
 
 #[inline(always)]
@@ -361,13 +429,7 @@ fn put(bytes: &mut OptionsBuffer, at: u32, value: u32) {
 fn write_options(skb: *mut __sk_buff, tcp: u32, scratch: &mut Scratch) -> u8 {
     // SAFETY: both buffers have 64 bytes, of which 40 are compared.
     let difference = unsafe {
-        bpf_csum_diff(
-            scratch.old.as_mut_ptr().cast(),
-            40,
-            scratch.new.as_mut_ptr().cast(),
-            40,
-            0,
-        )
+        bpf_csum_diff(scratch.old.as_mut_ptr().cast(), 40, scratch.new.as_mut_ptr().cast(), 40, 0)
     };
     for index in 0..10u32 {
         if index * 4 >= scratch.length {
@@ -406,13 +468,7 @@ fn write_numbers(skb: *mut __sk_buff, segment: &Segment, half: &Half, other: &Ha
         window = window.saturating_sub(half.own_end.wrapping_sub(acknowledgement));
         acknowledgement = half.own_end;
     }
-    let mut scaled = window >> (other.our_shift & 15);
-    if scaled == 0 && window != 0 {
-        scaled = 1;
-    }
-    if scaled > 65535 {
-        scaled = 65535;
-    }
+    let window = scale(window, other.our_shift);
     let mut new = [0u8; 16];
     new[0..2].copy_from_slice(&other.local.port.to_be_bytes());
     new[2..4].copy_from_slice(&other.remote.port.to_be_bytes());
@@ -420,7 +476,7 @@ fn write_numbers(skb: *mut __sk_buff, segment: &Segment, half: &Half, other: &Ha
     new[8..12].copy_from_slice(&acknowledgement.wrapping_sub(other.seq_add).to_be_bytes());
     let offset = (segment.options as u16 / 4 + 5) << 12;
     new[12..14].copy_from_slice(&(offset | segment.flags & PASSING).to_be_bytes());
-    new[14..16].copy_from_slice(&(scaled as u16).to_be_bytes());
+    new[14..16].copy_from_slice(&window.to_be_bytes());
     let difference = difference(&old, &new);
     if !store(skb, LINK + segment.tcp, &new, 0) {
         return 1;
@@ -498,11 +554,8 @@ fn localize(skb: *mut __sk_buff, segment: &Segment, half: &Half) -> i32 {
     if unsafe { bpf_skb_change_tail(skb, LINK + header, 0) } != 0 {
         return TC_ACT_SHOT;
     }
-    let outcome = if segment.family == 4 {
-        shorten_ipv4(skb, header)
-    } else {
-        shorten_ipv6(skb, header)
-    };
+    let outcome =
+        if segment.family == 4 { shorten_ipv4(skb, header) } else { shorten_ipv6(skb, header) };
     if outcome != 0 || write_acknowledgement(skb, segment, half) != 0 {
         return TC_ACT_SHOT;
     }
@@ -548,8 +601,12 @@ fn write_acknowledgement(skb: *mut __sk_buff, segment: &Segment, half: &Half) ->
     let scratch = unsafe { &mut *scratch };
     let length = TCP_HEADER as u32 + segment.options;
     scratch.old = [0; size_of::<OptionsBuffer>()];
-    if !headers::load_options(skb, segment.tcp + TCP_HEADER as u32, segment.options, &mut scratch.old)
-    {
+    if !headers::load_options(
+        skb,
+        segment.tcp + TCP_HEADER as u32,
+        segment.options,
+        &mut scratch.old,
+    ) {
         return 1;
     }
     let mut new = [0u8; TCP_HEADER];
@@ -589,7 +646,9 @@ fn write_acknowledgement(skb: *mut __sk_buff, segment: &Segment, half: &Half) ->
 #[inline(always)]
 fn sum<const N: usize>(bytes: &mut [u8; N], seed: u32) -> u32 {
     // SAFETY: the pointer and the size describe `bytes`.
-    unsafe { bpf_csum_diff(core::ptr::null_mut(), 0, bytes.as_mut_ptr().cast(), N as u32, seed) as u32 }
+    unsafe {
+        bpf_csum_diff(core::ptr::null_mut(), 0, bytes.as_mut_ptr().cast(), N as u32, seed) as u32
+    }
 }
 
 #[inline(always)]
@@ -625,7 +684,6 @@ fn store<const N: usize>(skb: *mut __sk_buff, offset: u32, bytes: &[u8; N], flag
 #[inline(always)]
 fn adjust(skb: *mut __sk_buff, tcp: u32, difference: i64, flags: u64) -> u8 {
     // SAFETY: no preconditions; the kernel checks the offset.
-    let status =
-        unsafe { bpf_l4_csum_replace(skb, LINK + tcp + 16, 0, difference as u64, flags) };
+    let status = unsafe { bpf_l4_csum_replace(skb, LINK + tcp + 16, 0, difference as u64, flags) };
     u8::from(status != 0)
 }

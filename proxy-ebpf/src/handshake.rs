@@ -83,8 +83,7 @@ fn note_syn(skb: *mut __sk_buff, segment: &Segment, hook: u8) -> u8 {
 
 #[inline(never)]
 fn note_answer(skb: *mut __sk_buff, segment: &Segment, hook: u8) -> u8 {
-    let tuple =
-        Tuple { source: segment.tuple.destination, destination: segment.tuple.source };
+    let tuple = Tuple { source: segment.tuple.destination, destination: segment.tuple.source };
     let Some(seen) = SEEN.get_ptr_mut(tuple) else {
         return 0;
     };

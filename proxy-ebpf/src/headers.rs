@@ -134,7 +134,9 @@ fn read_tcp(skb: *mut __sk_buff, segment: &mut Segment) -> u8 {
     };
     segment.tuple.source.port = u16::from_be_bytes([header[0], header[1]]);
     segment.tuple.destination.port = u16::from_be_bytes([header[2], header[3]]);
-    if !is_port_watched(segment.tuple.source.port) && !is_port_watched(segment.tuple.destination.port) {
+    if !is_port_watched(segment.tuple.source.port)
+        && !is_port_watched(segment.tuple.destination.port)
+    {
         return OTHER;
     }
     segment.sequence = u32::from_be_bytes([header[4], header[5], header[6], header[7]]);
@@ -148,7 +150,12 @@ fn read_tcp(skb: *mut __sk_buff, segment: &mut Segment) -> u8 {
 
 /// Reads `length` bytes of options, word by word: each call has a size that the verifier knows.
 #[inline(never)]
-pub fn load_options(skb: *mut __sk_buff, first: u32, length: u32, into: &mut OptionsBuffer) -> bool {
+pub fn load_options(
+    skb: *mut __sk_buff,
+    first: u32,
+    length: u32,
+    into: &mut OptionsBuffer,
+) -> bool {
     for (word, chunk) in into.chunks_exact_mut(4).enumerate() {
         let at = word as u32 * 4;
         if at >= length {

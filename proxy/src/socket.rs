@@ -53,7 +53,7 @@ pub struct Downstream(pub Socket);
 
 /// The socket towards the server, and its port if that is one that nobody else uses.
 #[derive(Debug)]
-pub struct Upstream(pub Socket, pub Option<Port>);
+pub struct Upstream(pub Socket, pub Option<Box<Port>>);
 
 /// The two ends' addresses, IPv4 in its own form.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -465,7 +465,9 @@ impl Info {
     pub fn round_trip(&self) -> Duration {
         let smallest = self.word(148);
         let average = self.word(68);
-        Duration::from_micros(if smallest == u32::MAX || smallest == 0 { average } else { smallest }.into())
+        Duration::from_micros(
+            if smallest == u32::MAX || smallest == 0 { average } else { smallest }.into(),
+        )
     }
 
     /// Largest segment that we said we take, without options.

@@ -269,7 +269,7 @@ impl Upstream {
     async fn attempt(&self, address: SocketAddr) -> (SocketAddr, io::Result<socket::Upstream>) {
         let connected = self.connect_from_own_port(address).await;
         let checked = connected.and_then(|(socket, port)| {
-            Ok(socket::Upstream(self.unless_own(address, socket)?, port))
+            Ok(socket::Upstream(self.unless_own(address, socket)?, port.map(Box::new)))
         });
         (address, checked)
     }

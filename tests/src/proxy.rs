@@ -62,6 +62,9 @@ impl Launch {
             "--admin-addr=127.0.0.1:0",
             "--admin-socket=off",
             "--endpoint-mode=off",
+            // With privileges, `auto` would attach programs to this machine's own devices.
+            "--engine=splice",
+            "--bpffs=off",
         ];
         let flags = flags.map(str::to_owned).to_vec();
         Self { flags, open_files: None, hosts: None, host: None }.flag("upstream-addr", upstream)

@@ -60,7 +60,7 @@ fn bytes_and_connections_are_counted_exactly() {
 #[test]
 fn metrics_are_well_formed_and_share_one_prefix() {
     let upstream = Upstream::new(V4);
-    let proxy = Launch::new(upstream.address()).flag("engine", "auto").start();
+    let proxy = Launch::new(upstream.address()).start();
     exchange(&proxy, &upstream, 1, 1);
     let text = proxy.get("/metrics").body;
     let mut described = Vec::new();
@@ -75,14 +75,14 @@ fn metrics_are_well_formed_and_share_one_prefix() {
         }
     }
     assert!(described.iter().all(|n| n.starts_with("steward_tcp_proxy_")), "{described:?}");
-    let engines = [("engine_wished", "auto"), ("engine_default", "splice")];
+    let engines = [("engine_wished", "splice"), ("engine_default", "splice")];
     assert_eq!(proxy.metric("build_info", &engines), 1.0);
 }
 
 #[test]
 fn the_access_log_tells_of_each_connection_once() {
     let upstream = Upstream::new(V4);
-    let proxy = Launch::new(upstream.address()).flag("engine", "auto").start();
+    let proxy = Launch::new(upstream.address()).start();
     let clients = [(10, 0), (0, 20), (70_000, 300_000)]
         .map(|(up, down)| (exchange(&proxy, &upstream, up, down), up, down));
     let log = proxy.access_log(3);

@@ -234,8 +234,14 @@ mod tests {
         type Change = fn(&mut Seen);
         let cases: [(Change, Ineligible); 7] = [
             (|seen| seen.state = 2, Ineligible::Handshake),
-            (|seen| seen.client.options.present &= !TcpOptions::HAS_TIMESTAMPS, Ineligible::Options),
-            (|seen| seen.server.options.present &= !TcpOptions::SACK_PERMITTED, Ineligible::Options),
+            (
+                |seen| seen.client.options.present &= !TcpOptions::HAS_TIMESTAMPS,
+                Ineligible::Options,
+            ),
+            (
+                |seen| seen.server.options.present &= !TcpOptions::SACK_PERMITTED,
+                Ineligible::Options,
+            ),
             (|seen| seen.server.options.present |= TcpOptions::FOREIGN, Ineligible::Foreign),
             (|seen| seen.client.options.mss = 1400, Ineligible::SegmentSize),
             (

@@ -10,8 +10,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use proxy_common::{
-    CLIENT, Counter, EVENT_CLOSED, EVENT_RESET, EVENT_TOO_BIG, Event, MARK_ACKED_FIN, MARK_FIRST, MARK_RESET,
-    PHASE_SETTLED, Record, SERVER,
+    CLIENT, Counter, EVENT_CLOSED, EVENT_RESET, EVENT_TOO_BIG, Event, MARK_ACKED_FIN, MARK_FIRST,
+    MARK_RESET, PHASE_SETTLED, Record, SERVER,
 };
 use tokio::time::{Instant, interval, sleep_until};
 
@@ -54,7 +54,8 @@ pub async fn run(packet: Arc<Packet>, news: News, idle_timeout: Option<Duration>
     let mut closing: HashMap<u32, Closing> = HashMap::new();
     look_through(&packet, &mut closing);
     let mut lost = packet.count(Counter::EventLost);
-    let mut idle = idle_timeout.map(|timeout| interval((timeout / 4).max(Duration::from_millis(50))));
+    let mut idle =
+        idle_timeout.map(|timeout| interval((timeout / 4).max(Duration::from_millis(50))));
     loop {
         let next = closing.values().map(|closing| closing.due).min();
         tokio::select! {

@@ -116,7 +116,8 @@ fn data(ebpf: &mut Ebpf, name: &'static str) -> Result<MapData> {
 /// there: from this moment on its gates lead to ours.
 fn connect_stages(ebpf: &mut Ebpf) -> Result<()> {
     let mut stages = ProgramArray::try_from(Map::ProgramArray(data(ebpf, names::STAGES)?))?;
-    let all = [names::PACKET_INGRESS, names::PACKET_EGRESS, names::GATE_INGRESS, names::GATE_EGRESS];
+    let all =
+        [names::PACKET_INGRESS, names::PACKET_EGRESS, names::GATE_INGRESS, names::GATE_EGRESS];
     for name in all {
         let program = ebpf.program_mut(name).with_context(|| format!("the object lacks {name}"))?;
         let program: &mut SchedClassifier = program.try_into()?;
@@ -163,7 +164,8 @@ impl Guard {
     fn set_up(ebpf: &mut Ebpf, pins: Option<&Path>) -> Result<Self> {
         let mut map = SockMap::try_from(Map::SockMap(data(ebpf, names::GUARD_SOCKETS)?))?;
         let mut listeners = Vec::new();
-        let families = [SocketAddr::from((Ipv4Addr::LOCALHOST, 0)), (Ipv6Addr::LOCALHOST, 0).into()];
+        let families =
+            [SocketAddr::from((Ipv4Addr::LOCALHOST, 0)), (Ipv6Addr::LOCALHOST, 0).into()];
         for (index, address) in families.into_iter().enumerate() {
             let listener = match TcpListener::bind(address) {
                 Ok(listener) => listener,

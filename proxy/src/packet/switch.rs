@@ -19,9 +19,7 @@ use std::os::fd::AsFd as _;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use proxy_common::{
-    CLIENT, Half, MARK_RESET, Record, SEEN_ALL, SERVER, Seen, WATCH_LOCAL,
-};
+use proxy_common::{CLIENT, Half, MARK_RESET, Record, SEEN_ALL, SERVER, Seen, WATCH_LOCAL};
 use tokio::time::sleep;
 
 use super::eligible::{Ineligible, Leg, judge};
@@ -36,10 +34,11 @@ use crate::socket::{Downstream, Info, Socket, Upstream};
 const FLIGHT: u32 = 32 * 1024;
 
 /// Window that both sockets announce while a busy connection is brought to a quiet moment.
-const SQUEEZED: u32 = 24 * 1024;
+const SQUEEZED: u32 = 8 * 1024;
 
-/// How long that may take. Meanwhile bytes flow, but slower.
-const SQUEEZE: Duration = Duration::from_millis(60);
+/// How long that may take without what is in our hands becoming less, and in all. Until it has
+/// become little, its receiver takes it as fast as ever.
+const SQUEEZE: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(2));
 
 /// By how much our window may exceed that of the end that will have to stand for it.
 const WINDOW_SLACK: u32 = 64 * 1024;
@@ -104,15 +103,14 @@ impl Attempt<'_> {
             }
         };
         self.packet.table().go_live(slot);
+        let unfinished = Unfinished { packet: self.packet, slot };
         match self.finish(slot, &halves).await {
             Ok(()) => {
+                std::mem::forget(unfinished);
                 self.packet.note_switched(slot, begun.elapsed());
                 Outcome::Switched(slot)
             }
-            Err(reason) => {
-                self.packet.abandon(slot);
-                Outcome::Ended(reason, self.moved)
-            }
+            Err(reason) => Outcome::Ended(reason, self.moved),
         }
     }
 
@@ -164,9 +162,6 @@ impl Attempt<'_> {
             let clock = tcp::timestamp(socket).map_err(refused)?;
             half.ts_clock = clock.wrapping_sub(tcp::monotonic_ms());
         }
-        // A guess at the clocks' offset, good enough for echoes until the first segment fixes it.
-        halves[CLIENT].ts_add = halves[SERVER].ts_clock.wrapping_sub(halves[CLIENT].ts_clock);
-        halves[SERVER].ts_add = halves[CLIENT].ts_clock.wrapping_sub(halves[SERVER].ts_clock);
         let guard = (client_local != client.local).then(|| proxy_common::Tuple {
             source: client.peer.into(),
             destination: client.local.into(),
@@ -216,12 +211,12 @@ impl Attempt<'_> {
         if self.is_quiet()? {
             return Ok(());
         }
-        for side in [Side::Client, Side::Server] {
-            tcp::clamp_window(self.socket(side), SQUEEZED);
-        }
-        let deadline = Instant::now() + SQUEEZE;
+        let begun = Instant::now();
+        let (mut least, mut shrank) = (u64::MAX, begun);
         loop {
             for side in [Side::Client, Side::Server] {
+                // Each time: reading makes the kernel tune its buffer, and the bound with it.
+                tcp::clamp_window(self.socket(side), SQUEEZED);
                 match self.pass(side)? {
                     Passed::Everything => {}
                     // An end under way is the relay's business.
@@ -234,7 +229,13 @@ impl Attempt<'_> {
             if self.is_quiet()? {
                 return Ok(());
             }
-            if Instant::now() >= deadline {
+            let (up, down) = (self.held(Side::Client)?, self.held(Side::Server)?);
+            let held = u64::from(up) + u64::from(down);
+            if held < least {
+                (least, shrank) = (held, Instant::now());
+            }
+            if shrank.elapsed() >= SQUEEZE.0 || begun.elapsed() >= SQUEEZE.1 {
+                tracing::debug!(up, down, "too busy to be switched");
                 self.loosen();
                 return Err(End::Stays(Ineligible::Busy));
             }
@@ -318,6 +319,7 @@ impl Attempt<'_> {
                 return Err(Ineligible::Numbers);
             }
             let half = &mut record.halves[index];
+            half.first = plan.first[index];
             half.bytes = received_now;
             half.own_next = plan.first[index].wrapping_add(received_now as u32);
             half.sent = half.own_next;
@@ -370,7 +372,11 @@ impl Attempt<'_> {
                 .wrapping_add(total(index ^ 1));
             if (next, written) != (expected_next, expected_written) {
                 tracing::warn!(
-                    next, expected_next, written, expected_written, ?side,
+                    next,
+                    expected_next,
+                    written,
+                    expected_written,
+                    ?side,
                     "sequence numbers and bytes moved differ; resetting the connection"
                 );
                 tcp::thaw(self.socket(Side::Client));
@@ -404,7 +410,13 @@ impl Attempt<'_> {
                     Ok(Passed::EndOfStream) if ended[index] => break,
                     Ok(Passed::EndOfStream) => {
                         // Its number comes after all bytes, on either connection.
-                        self.announce(slot, index, next.wrapping_add(1), halves[index].seq_add, true);
+                        self.announce(
+                            slot,
+                            index,
+                            next.wrapping_add(1),
+                            halves[index].seq_add,
+                            true,
+                        );
                         let (number, bytes) = (next.wrapping_add(1), self.moved_from(side));
                         self.packet.table().mark_fin(slot, index, number, bytes);
                         let shut = self.socket(side.other()).shutdown_write();
@@ -474,6 +486,19 @@ impl Attempt<'_> {
             }
         }
         Ok(())
+    }
+}
+
+/// A switch under way. Dropped before it is done (by an error, or by the drain's deadline), the
+/// connection is reset: there is no way back.
+struct Unfinished<'a> {
+    packet: &'a Arc<Packet>,
+    slot: Slot,
+}
+
+impl Drop for Unfinished<'_> {
+    fn drop(&mut self) {
+        self.packet.abandon(self.slot);
     }
 }
 

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 use aya::maps::{HashMap, MapData, MapError};
 use proxy_common::{
-    CLIENT, FlowRef, Half, MARK_FIN, PHASE_FREE, PHASE_LIVE, PHASE_PREPARED, PHASE_SETTLED, Record, Tuple,
+    CLIENT, FlowRef, Half, PHASE_FREE, PHASE_LIVE, PHASE_PREPARED, PHASE_SETTLED, Record, Tuple,
 };
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
@@ -143,9 +143,9 @@ impl Table {
         let tuples = record.iter().flat_map(|record| record.halves.iter().map(tuple));
         for tuple in tuples.chain(guard) {
             // Only our own: after a failed insertion the tuple may be somebody else's.
-            let is_ours = flows.get(&tuple, 0).is_ok_and(|flow| {
-                flow.slot == slot.index && flow.is_of(slot.generation)
-            });
+            let is_ours = flows
+                .get(&tuple, 0)
+                .is_ok_and(|flow| flow.slot == slot.index && flow.is_of(slot.generation));
             if is_ours {
                 let _ = flows.remove(&tuple);
                 was_linked = true;
@@ -223,14 +223,13 @@ impl Table {
         // SAFETY: inside the mapping; only the addresses are taken.
         let (count, field) = unsafe {
             let half = &raw mut (*at).halves[side];
-            (&raw mut (*half).bytes, &raw mut (*half).marks)
+            (&raw mut (*half).bytes, &raw mut (*half).early_fin)
         };
         // The program counted by sequence numbers, and this one stands for no byte.
         // SAFETY: aligned, inside the mapping.
         unsafe { AtomicU64::from_ptr(count) }.store(bytes, Ordering::Release);
-        // SAFETY: as in `set_duty`. The program may lose this mark when it sets another at the same
-        // instant; it sets this one itself when the FIN is sent again.
-        unsafe { AtomicU8::from_ptr(field) }.fetch_or(MARK_FIN, Ordering::Release);
+        // SAFETY: as in `set_duty`.
+        unsafe { AtomicU8::from_ptr(field) }.store(1, Ordering::Release);
     }
 
     /// Sets or clears a duty.

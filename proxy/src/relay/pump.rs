@@ -83,7 +83,7 @@ pub fn run<'a>(
     limits: &'a Limits,
     counters: &'a Counters,
     moved: Moved,
-    pause: Option<Moment>,
+    pause: Option<Box<Moment>>,
 ) -> impl Future<Output = Outcome> + Send {
     let relay = Relay {
         client: &client.0,
@@ -97,9 +97,14 @@ pub fn run<'a>(
         first_to_end: OnceLock::new(),
     };
     async move {
+        // Boxed, and gone with its timer where nobody asked for it.
+        let mut moment = pause.map(|pause| Box::pin(relay.moment(*pause)));
         let reason = tokio::select! {
             biased;
-            () = relay.moment(pause) => return Outcome::Paused(relay.so_far()),
+            () = poll_fn(|context| match &mut moment {
+                Some(moment) => moment.as_mut().poll(context),
+                None => Poll::Pending,
+            }) => return Outcome::Paused(relay.so_far()),
             result = relay.to_the_end() => match result {
                 Ok(()) => Reason::Closed(*relay.first_to_end.get_or_init(|| Side::Client)),
                 Err(reason) => reason,
@@ -332,19 +337,16 @@ impl Relay<'_> {
 
     /// Ends at the moment that was asked for, if no byte is in a pipe and neither direction has
     /// ended.
-    fn moment(&self, pause: Option<Moment>) -> impl Future<Output = ()> {
+    fn moment(&self, Moment { after, bytes }: Moment) -> impl Future<Output = ()> {
         async move {
-            let Some(Moment { after, bytes }) = pause else {
-                return std::future::pending().await;
-            };
             let mut timer = Box::pin(tokio::time::sleep(after));
             let mut is_due = false;
             // Polled first whenever anything moves; a timer sees to connections in which nothing
             // does.
             poll_fn(|context| {
                 is_due = is_due || self.moved() >= bytes || timer.as_mut().poll(context).is_ready();
-                let is_whole = self.in_pipe.load(Ordering::Relaxed) == 0
-                    && self.first_to_end.get().is_none();
+                let is_whole =
+                    self.in_pipe.load(Ordering::Relaxed) == 0 && self.first_to_end.get().is_none();
                 if is_due && is_whole { Poll::Ready(()) } else { Poll::Pending }
             })
             .await;
