@@ -37,6 +37,9 @@ pub const MARK_RESET: u8 = 1 << 2;
 
 /// [`Half::marks`]: this end's FIN came before the other's.
 pub const MARK_FIRST: u8 = 1 << 3;
+/// [`Half::marks`]: this end has begun a new connection with the same addresses, which is the
+/// stack's.
+pub const MARK_LEFT: u8 = 1 << 4;
 
 /// Where a tuple leads: value of the map of flows.
 #[repr(C)]
@@ -163,6 +166,11 @@ pub const EVENT_CLOSED: u8 = 1;
 pub const EVENT_RESET: u8 = 2;
 /// [`Event::kind`]: a segment was too large, for our device or for a router further on.
 pub const EVENT_TOO_BIG: u8 = 3;
+/// [`Event::kind`]: after its end, the client begins a new connection with the same addresses.
+pub const EVENT_LEFT: u8 = 4;
+/// [`Event::kind`]: a segment reached the stack: a device may have lost the programs. At most one
+/// in a while.
+pub const EVENT_STRAY: u8 = 5;
 
 /// Something that the loader should know of a switched connection.
 #[repr(C)]

@@ -14,9 +14,9 @@ use aya_ebpf::helpers::{
     bpf_redirect_neigh, bpf_skb_change_tail, bpf_skb_store_bytes,
 };
 use proxy_common::{
-    Counter, EVENT_CLOSED, EVENT_RESET, EVENT_TOO_BIG, Event, FlowRef, HOOK_INGRESS, Half,
-    MARK_ACKED_FIN, MARK_FIN, MARK_FIRST, MARK_RESET, OptionsBuffer, PHASE_LIVE, Record, Tuple,
-    flags,
+    CLIENT, Counter, EVENT_CLOSED, EVENT_LEFT, EVENT_RESET, EVENT_TOO_BIG, Event, FlowRef,
+    HOOK_INGRESS, Half, MARK_ACKED_FIN, MARK_FIN, MARK_FIRST, MARK_LEFT, MARK_RESET, OptionsBuffer,
+    PHASE_LIVE, PHASE_SETTLED, Record, SERVER, Tuple, flags,
 };
 
 use crate::headers::{self, IPV4_HEADER, IPV6_HEADER, Segment, TCP_HEADER};
@@ -31,6 +31,9 @@ const PASSING: u16 = 0x00ff;
 /// A segment cannot lie further ahead than the receiver's window, which may have been larger a
 /// moment ago.
 const SLACK: u32 = 256 * 1024;
+
+/// Of these, an opening segment has SYN alone.
+const HANDSHAKE: u16 = flags::SYN | flags::ACK | flags::RST | flags::FIN;
 
 const TC_ACT_SHOT: i32 = aya_ebpf::bindings::TC_ACT_SHOT as i32;
 const PACKET_HOST: u32 = 0;
@@ -83,11 +86,15 @@ pub fn forward(skb: *mut __sk_buff, segment: &Segment, slot: u32, tag: u32) -> i
     }
     if is_too_big(skb, segment, other.mtu) {
         count(Counter::TooBig);
-        tell(record, flow, EVENT_TOO_BIG, side, segment.sequence, other.mtu.into());
+        tell(record, flow, EVENT_TOO_BIG, side, (segment.sequence, other.mtu.into()));
         return TC_ACT_SHOT;
     }
     if segment.hops <= 1 {
         return TC_ACT_SHOT;
+    }
+    if is_farewell(segment, record, side as u32) != 0 {
+        tell(record, flow, EVENT_LEFT, side, (0, 0));
+        return TC_ACT_UNSPEC;
     }
     if half.duty != 0 && segment.flags & (flags::SYN | flags::RST | flags::ACK) == flags::ACK {
         let mark = buffer.mark;
@@ -98,7 +105,7 @@ pub fn forward(skb: *mut __sk_buff, segment: &Segment, slot: u32, tag: u32) -> i
     }
     let news = follow(segment, half, other);
     if news != 0 {
-        tell(record, flow, news, side, 0, 0);
+        tell(record, flow, news, side, (0, 0));
     }
     if rewrite(skb, segment, half, other) != 0 {
         half.dropped = half.dropped.wrapping_add(1);
@@ -166,16 +173,47 @@ fn scale(window: u32, shift: u8) -> u16 {
     }
 }
 
+/// Whether this is the client's first segment of a new connection, after the end of this one: it
+/// goes to a server that we choose, so from here on the tuple is the stack's. (A function of its
+/// own that returns a number: what the verifier learns in it does not double the paths behind it.)
+#[inline(never)]
+fn is_farewell(segment: &Segment, record: *mut Record, side: u32) -> u8 {
+    if segment.flags & HANDSHAKE != flags::SYN || side != CLIENT as u32 {
+        return 0;
+    }
+    // SAFETY: as in is_live.
+    let (phase, client, server) = unsafe {
+        (
+            core::ptr::read_volatile(&raw const (*record).phase),
+            core::ptr::read_volatile(&raw const (*record).halves[CLIENT].marks),
+            core::ptr::read_volatile(&raw const (*record).halves[SERVER].marks),
+        )
+    };
+    let is_over = (client | server) & MARK_RESET != 0 || client & server & MARK_ACKED_FIN != 0;
+    if phase != PHASE_SETTLED || !is_over {
+        return 0;
+    }
+    // SAFETY: as above; written with the segments of this end alone.
+    unsafe {
+        core::ptr::write_volatile(&raw mut (*record).halves[CLIENT].marks, client | MARK_LEFT)
+    };
+    1
+}
+
 #[inline(always)]
-fn is_live(record: *mut Record, flow: FlowRef) -> bool {
+pub fn is_live(record: *mut Record, flow: FlowRef) -> bool {
     // SAFETY: plain reads of aligned words that the loader may be writing.
-    let (phase, generation) = unsafe {
+    let (phase, generation, marks) = unsafe {
         (
             core::ptr::read_volatile(&raw const (*record).phase),
             core::ptr::read_volatile(&raw const (*record).generation),
+            core::ptr::read_volatile(&raw const (*record).halves[CLIENT].marks),
         )
     };
-    phase >= PHASE_LIVE && flow.is_of(generation) && flow.tag & FlowRef::GUARD_ONLY == 0
+    phase >= PHASE_LIVE
+        && flow.is_of(generation)
+        && flow.tag & FlowRef::GUARD_ONLY == 0
+        && marks & MARK_LEFT == 0
 }
 
 /// Whether the segment, or what it will be cut into, exceeds what the device takes.
@@ -198,7 +236,7 @@ fn payload(segment: &Segment) -> u32 {
 }
 
 #[inline(always)]
-fn is_before(a: u32, b: u32) -> bool {
+pub fn is_before(a: u32, b: u32) -> bool {
     (a.wrapping_sub(b) as i32) < 0
 }
 
@@ -221,22 +259,32 @@ fn follow(segment: &Segment, half: &mut Half, other: &mut Half) -> u8 {
     let ahead = end.wrapping_sub(half.sent);
     let is_plausible = ahead.wrapping_add(room) <= room.wrapping_mul(2);
     let acknowledged = segment.acknowledgement.wrapping_sub(other.seq_add);
+    // As RFC 5961, section 5.2: who guesses must guess two numbers.
+    let window = (u32::from(half.window) << (half.shift & 15)).wrapping_add(SLACK);
     // Bytes that came by way of our sockets during the switch are not in `sent` yet.
-    if !is_plausible || is_before(other.sent.wrapping_add(SLACK), acknowledged) {
+    if !is_plausible
+        || is_before(other.sent.wrapping_add(SLACK), acknowledged)
+        || is_before(segment.acknowledgement, half.acked.wrapping_sub(window))
+    {
         return 0;
     }
     let mut marks = half.marks & !MARK_RESET;
     half.window = segment.window;
-    let new_fin = fin != 0 && marks & MARK_FIN == 0 && half.early_fin == 0;
+    let has_fin = marks & MARK_FIN != 0;
+    let new_fin = fin != 0 && !has_fin && half.early_fin == 0 && !is_before(end, half.sent);
+    if has_fin && is_before(half.fin, end) {
+        // It was not the end: somebody else had guessed its number.
+        marks &= !(MARK_FIN | MARK_FIRST);
+    }
     // Without branches, each of which doubles what the verifier has to walk through.
     let step = ahead & !((ahead as i32 >> 31) as u32);
     let sent = half.sent.wrapping_add(step);
     half.sent = sent;
     // From the number and not by adding what is new: segments of one direction may be in the hands
     // of two CPUs at once. FIN has a number but is no byte; what follows it may come before it.
-    let has_fin = fin | u32::from(marks & MARK_FIN) | u32::from(half.early_fin & 1);
+    let ends = u32::from(new_fin) | u32::from(marks & MARK_FIN) | u32::from(half.early_fin & 1);
     let bytes = half.bytes;
-    let more = sent.wrapping_sub(half.first).wrapping_sub(has_fin).wrapping_sub(bytes as u32);
+    let more = sent.wrapping_sub(half.first).wrapping_sub(ends).wrapping_sub(bytes as u32);
     half.bytes = bytes.wrapping_add(i64::from(more as i32) as u64);
     if is_before(half.acked, segment.acknowledgement) {
         half.acked = segment.acknowledgement;
@@ -254,6 +302,8 @@ fn follow(segment: &Segment, half: &mut Half, other: &mut Half) -> u8 {
     let is_news = is_acknowledged && marks & MARK_ACKED_FIN == 0;
     if is_news {
         marks |= MARK_ACKED_FIN;
+    } else if !has_ended {
+        marks &= !MARK_ACKED_FIN;
     }
     // Only segments of this end write this half; and few write marks, so that hardly ever one is
     // lost between two CPUs.
@@ -280,7 +330,13 @@ fn reset(segment: &Segment, half: &mut Half, other: &Half) -> u8 {
 
 /// Tells the loader. Without room the loader finds out when it next looks through the records.
 #[inline(always)]
-fn tell(record: *mut Record, flow: FlowRef, kind: u8, side: usize, sequence: u32, mtu: u32) {
+pub fn tell(
+    record: *mut Record,
+    flow: FlowRef,
+    kind: u8,
+    side: usize,
+    (sequence, mtu): (u32, u32),
+) {
     let event = Event {
         slot: flow.slot,
         // SAFETY: as in is_live.
@@ -333,9 +389,39 @@ fn rewrite(skb: *mut __sk_buff, segment: &Segment, half: &mut Half, other: &Half
 }
 
 /// Timestamps and selective acknowledgements in the other connection's numbers.
+///
+/// First the options are found, then they are translated, each once: what is done inside of the
+/// loop multiplies the states that the verifier walks through.
 #[inline(never)]
 fn translate_options(scratch: &mut Scratch, half: &mut Half, other: &Half) -> u8 {
+    if find_options(scratch) != 0 {
+        return 1;
+    }
+    // SAFETY: plain reads through a reference; volatile, so that the verifier does not know what
+    // the loop has found.
+    let (timestamps, blocks, size) = unsafe {
+        (
+            core::ptr::read_volatile(&raw const scratch.timestamps),
+            core::ptr::read_volatile(&raw const scratch.blocks),
+            core::ptr::read_volatile(&raw const scratch.blocks_size),
+        )
+    };
+    if timestamps != 0 {
+        translate_timestamps(scratch, half, other, timestamps);
+    }
+    if blocks != 0 {
+        translate_blocks(scratch, other.seq_add, blocks, size);
+    }
+    0
+}
+
+/// Where the values of the two options are; 1 if the options cannot be read.
+#[inline(never)]
+fn find_options(scratch: &mut Scratch) -> u8 {
     scratch.cursor = 0;
+    scratch.timestamps = 0;
+    scratch.blocks = 0;
+    scratch.blocks_size = 0;
     for _ in 0..40 {
         // The cursor is kept in memory for the reason that TcpOptions::parse_in_place gives.
         // SAFETY: plain reads through a reference.
@@ -360,9 +446,10 @@ fn translate_options(scratch: &mut Scratch, half: &mut Half, other: &Half) -> u8
             if size != 10 {
                 return 1;
             }
-            translate_timestamps(scratch, half, other, at + 2);
+            scratch.timestamps = at + 2;
         } else if kind == OPTION_SACK {
-            translate_blocks(scratch, other.seq_add, at + 2, size - 2);
+            scratch.blocks = at + 2;
+            scratch.blocks_size = size - 2;
         }
         // SAFETY: a plain write through a reference.
         unsafe { core::ptr::write_volatile(&raw mut scratch.cursor, at + size) };
@@ -370,7 +457,7 @@ fn translate_options(scratch: &mut Scratch, half: &mut Half, other: &Half) -> u8
     0
 }
 
-#[inline(always)]
+#[inline(never)]
 fn translate_timestamps(scratch: &mut Scratch, half: &mut Half, other: &Half, at: u32) {
     let value = word(&scratch.old, at);
     let echo = word(&scratch.old, at + 4);
@@ -388,7 +475,7 @@ fn translate_timestamps(scratch: &mut Scratch, half: &mut Half, other: &Half, at
     put(&mut scratch.new, at + 4, echoed);
 }
 
-#[inline(always)]
+#[inline(never)]
 fn translate_blocks(scratch: &mut Scratch, add: u32, at: u32, size: u32) {
     for edge in 0..8 {
         if edge * 4 + 4 > size {

@@ -2,13 +2,19 @@
 //!
 //! No socket of ours is left for them, so the stack would answer with RST and end a connection
 //! that is alive: when a CNI plugin removes our program for a moment, when a path moves to a device
-//! that does not have it yet, for fragments. What is swallowed is retransmitted by its sender.
+//! that does not have it yet, for fragments. What is swallowed is retransmitted by its sender. The
+//! loader is told, so that it looks whether each device still has the programs: of TCX programs
+//! that are taken off the kernel sends no word.
 
+use aya_ebpf::helpers::bpf_ktime_get_ns;
 use aya_ebpf::programs::SkLookupContext;
-use proxy_common::{Counter, Endpoint, PHASE_FREE, Tuple};
+use proxy_common::{
+    CLIENT, Counter, EVENT_STRAY, Endpoint, MARK_LEFT, PHASE_FREE, PHASE_LIVE, Tuple,
+};
 
+use crate::forward::tell;
 use crate::headers::{IPPROTO_TCP, mapped};
-use crate::{FLOWS, GUARD_SOCKETS, RECORDS, count};
+use crate::{FLOWS, GUARD_SOCKETS, LAST_STRAY, RECORDS, count};
 
 const AF_INET: u32 = 2;
 
@@ -56,19 +62,42 @@ pub fn try_guard(ctx: &SkLookupContext) -> Option<()> {
     let tuple = Tuple { source, destination };
     // SAFETY: see forward::find.
     let flow = unsafe { FLOWS.get(tuple) }?;
-    let record = RECORDS.get_ptr(flow.slot)?;
-    // SAFETY: plain reads of aligned words that the loader may be writing.
-    let (phase, generation) = unsafe {
+    let record = RECORDS.get_ptr_mut(flow.slot)?;
+    // SAFETY: plain reads of aligned words that the loader or other programs may be writing.
+    let (phase, generation, marks) = unsafe {
         (
             core::ptr::read_volatile(&raw const (*record).phase),
             core::ptr::read_volatile(&raw const (*record).generation),
+            core::ptr::read_volatile(&raw const (*record).halves[CLIENT].marks),
         )
     };
-    if phase == PHASE_FREE || !flow.is_of(generation) {
+    if phase == PHASE_FREE || !flow.is_of(generation) || marks & MARK_LEFT != 0 {
         return None;
     }
     count(Counter::Guarded);
+    if phase >= PHASE_LIVE && is_time_to_tell() {
+        tell(record, *flow, EVENT_STRAY, 0, (0, 0));
+    }
     GUARD_SOCKETS.redirect_sk_lookup(ctx, u32::from(!is_four), 0).ok()
+}
+
+/// Whether the loader has not been told of a stray for a while: somebody may send them on purpose.
+#[inline(always)]
+fn is_time_to_tell() -> bool {
+    const PAUSE_NS: u64 = 500_000_000;
+    let Some(last) = LAST_STRAY.get_ptr_mut(0) else {
+        return false;
+    };
+    // SAFETY: no preconditions.
+    let now = unsafe { bpf_ktime_get_ns() };
+    // SAFETY: aligned; two CPUs at once would tell twice.
+    unsafe {
+        let is_time = now.wrapping_sub(core::ptr::read_volatile(last)) >= PAUSE_NS;
+        if is_time {
+            core::ptr::write_volatile(last, now);
+        }
+        is_time
+    }
 }
 
 #[inline(always)]

@@ -10,6 +10,8 @@ use crate::WATCHED_PORTS;
 const ETH_P_IP: u16 = 0x0800;
 const ETH_P_IPV6: u16 = 0x86dd;
 pub const IPPROTO_TCP: u8 = 6;
+const IPPROTO_ICMP: u8 = 1;
+const IPPROTO_ICMPV6: u8 = 58;
 pub const IPV4_HEADER: usize = 20;
 pub const IPV6_HEADER: usize = 40;
 pub const TCP_HEADER: usize = 20;
@@ -37,6 +39,7 @@ pub struct Segment {
 pub const OTHER: u8 = 0;
 pub const WATCHED_PORT: u8 = 1;
 pub const UNREADABLE: u8 = 2;
+pub const ICMP: u8 = 3;
 
 impl Segment {
     pub const EMPTY: Self = Self {
@@ -96,7 +99,7 @@ fn read_ipv4(skb: *mut __sk_buff, segment: &mut Segment) -> u8 {
     };
     let fragment = u16::from_be_bytes([header[6], header[7]]) & 0x3fff;
     if header[9] != IPPROTO_TCP || fragment != 0 {
-        return OTHER;
+        return if header[9] == IPPROTO_ICMP && fragment == 0 { ICMP } else { OTHER };
     }
     segment.tuple.source.address = mapped([header[12], header[13], header[14], header[15]]);
     segment.tuple.destination.address = mapped([header[16], header[17], header[18], header[19]]);
@@ -114,7 +117,7 @@ fn read_ipv6(skb: *mut __sk_buff, segment: &mut Segment) -> u8 {
         return UNREADABLE;
     };
     if header[6] != IPPROTO_TCP {
-        return OTHER;
+        return if header[6] == IPPROTO_ICMPV6 { ICMP } else { OTHER };
     }
     segment.tuple.source.address.copy_from_slice(&header[8..24]);
     segment.tuple.destination.address.copy_from_slice(&header[24..40]);

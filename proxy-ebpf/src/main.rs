@@ -9,6 +9,7 @@ mod forward;
 mod guard;
 mod handshake;
 mod headers;
+mod icmp;
 
 use aya_ebpf::Global;
 use aya_ebpf::bindings::{__sk_buff, TC_ACT_UNSPEC};
@@ -42,6 +43,10 @@ const BPF_F_MMAPABLE: u32 = 1 << 10;
 /// What the loader should know, as `proxy_common::Event`.
 #[map]
 static EVENTS: RingBuf = RingBuf::with_byte_size(256 * 1024, 0);
+
+/// When the guard last told of a stray: nanoseconds of CLOCK_MONOTONIC.
+#[map]
+static LAST_STRAY: Array<u64> = Array::with_max_entries(1, 0);
 
 /// Takes what the guard swallows.
 #[map]
@@ -88,6 +93,11 @@ pub struct Scratch {
     options: TcpOptions,
     length: u32,
     cursor: u32,
+    /// Where the value of this option is; 0 for none.
+    timestamps: u32,
+    /// The same of selective acknowledgements, and how long it is.
+    blocks: u32,
+    blocks_size: u32,
 }
 
 /// What is attached to devices, for segments that arrive.
@@ -118,6 +128,10 @@ pub fn packet_ingress(ctx: TcContext) -> i32 {
         headers::WATCHED_PORT => {}
         headers::UNREADABLE => {
             count(Counter::Unreadable);
+            return TC_ACT_UNSPEC;
+        }
+        headers::ICMP => {
+            icmp::listen(skb);
             return TC_ACT_UNSPEC;
         }
         _ => return TC_ACT_UNSPEC,

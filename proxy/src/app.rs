@@ -16,11 +16,12 @@ use tokio::runtime::{Builder, Runtime};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
 use crate::config::{Config, EndpointMode};
 use crate::drain::Drain;
 use crate::metrics::{Metrics, Refresh};
+use crate::packet::selftest::{self, Verdict};
 use crate::packet::{self, Packet};
 use crate::readiness::Readiness;
 use crate::relay::{Counters, Limits, PipePool, Reason, Wish};
@@ -248,14 +249,16 @@ fn start_packet(
         return Ok(None);
     }
     let _entered = side.enter();
-    let started = Packet::start(
-        &config.packet,
-        listening,
-        config.max_connections,
-        Arc::clone(places),
-        Arc::clone(metrics),
-    );
-    match started {
+    let start = || {
+        Packet::start(
+            &config.packet,
+            listening,
+            config.max_connections,
+            Arc::clone(places),
+            Arc::clone(metrics),
+        )
+    };
+    match test_packet().and_then(|()| start()) {
         Ok((packet, news)) => {
             side.spawn(packet::ends::run(Arc::clone(&packet), news, config.idle_timeout));
             let reader = Arc::clone(&packet);
@@ -269,6 +272,21 @@ fn start_packet(
             Ok(None)
         }
         Err(error) => Err(error.context("engine packet cannot work here")),
+    }
+}
+
+/// Keeps an engine that does not work on this kernel away from connections.
+fn test_packet() -> anyhow::Result<()> {
+    match selftest::run() {
+        Verdict::Passed(detail) => {
+            debug!(detail, "self-test of the kernel's engine passed");
+            Ok(())
+        }
+        Verdict::NotTried(error) => {
+            info!(%error, "no self-test of the kernel's engine, which is used without");
+            Ok(())
+        }
+        Verdict::Failed(error) => Err(error.context("the self-test")),
     }
 }
 

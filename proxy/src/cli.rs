@@ -12,8 +12,8 @@ use std::ffi::OsString;
 
 use clap::{ArgAction, CommandFactory, FromArgMatches, Parser};
 
-use crate::packet::attach::Method;
 use crate::config::{Config, DEFAULT_ADMIN_SOCKET, DEFAULT_BPFFS};
+use crate::packet::attach::Method;
 pub use judge::Mistakes;
 pub use verbs::{CheckFlags, CleanupFlags, ConnectionsFlags, ConnectionsVerb, KillFlags, Output};
 
@@ -55,8 +55,14 @@ pub struct Flags {
 
     /// How programs are attached to devices: best, or clsact as on kernels before 6.6. To try what
     /// such a kernel does; there is no other reason to choose
-    #[arg(long, value_name = "WAY", value_enum, default_value = "best", hide = true,
-          help_heading = "Relay")]
+    #[arg(
+        long,
+        value_name = "WAY",
+        value_enum,
+        default_value = "best",
+        hide = true,
+        help_heading = "Relay"
+    )]
     pub packet_attach: Method,
 
     /// Time to reach the upstream, over all its addresses, before a client is refused

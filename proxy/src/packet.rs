@@ -10,6 +10,7 @@
 //! - [`paths`]: devices that carry the programs ([`devices`], [`attach`]) and ways ([`routes`])
 //! - [`eligible`]: whether two connections can be joined; [`switch`]: how it is done
 //! - [`ends`]: what happens to a switched connection later; [`inject`]: segments in its name
+//! - [`selftest`]: two connections of our own, before anybody else's
 //! - [`ports`], [`conntrack`]: that nobody else gets what a switched connection uses
 
 pub mod attach;
@@ -25,6 +26,7 @@ pub mod paths;
 pub mod pins;
 pub mod ports;
 pub mod routes;
+pub mod selftest;
 pub mod switch;
 pub mod table;
 pub mod tcp;
@@ -57,7 +59,7 @@ use eligible::Ineligible;
 use grace::Grace;
 use inject::{Injector, Segment};
 use netlink::Watch;
-use object::{Object, Watched};
+use object::{Hold, Object, Watched};
 use paths::Paths;
 use pins::Pins;
 use ports::{Port, PortPool};
@@ -115,6 +117,7 @@ pub struct Packet {
 struct Machinery {
     ebpf: Ebpf,
     paths: Paths,
+    _hold: Hold,
 }
 
 /// What [`ends::run`] waits on.
@@ -161,14 +164,12 @@ impl Packet {
         };
         let directory = pins.as_ref().map(Pins::directory);
         let object = Object::load(directory, connections)?;
-        let Object { mut ebpf, table, events, seen, watched, counters, guard } = object;
+        let Object { mut ebpf, table, events, seen, watched, counters, hold } = object;
         // What outlives us must be found again; else it is enough to recognise it.
         let note = directory.and_then(|_| ports::make_note());
         let ports = PortPool::reserve(note.as_deref()).context("local ports")?;
         let paths = Paths::open(&mut ebpf, config.attach, directory);
         let paths = paths.context("attaching to devices")?;
-        // The guard works as long as it is held.
-        std::mem::forget(guard);
         let packet = Arc::new(Self {
             table,
             grace,
@@ -177,7 +178,7 @@ impl Packet {
             max_rtt: config.max_rtt,
             seen: Mutex::new(seen),
             watched: Mutex::new((watched, HashSet::new())),
-            machinery: Mutex::new(Machinery { ebpf, paths }),
+            machinery: Mutex::new(Machinery { ebpf, paths, _hold: hold }),
             conntrack: Mutex::new(Conntrack::open().unwrap_or_default()),
             guards: Mutex::default(),
             counters,
@@ -525,7 +526,7 @@ impl Packet {
     /// changed.
     fn refresh(&self) {
         let mut machinery = lock(&self.machinery);
-        let Machinery { ebpf, paths } = &mut *machinery;
+        let Machinery { ebpf, paths, .. } = &mut *machinery;
         match paths.refresh(ebpf) {
             Ok(changes) => {
                 self.metrics.packet_reattached.inc_by(changes.lost as u64);

@@ -10,8 +10,8 @@ mod splice;
 use std::fmt;
 use std::str::FromStr;
 
-pub(crate) use pump::fault;
 pub use pump::{Counters, Limits, Moment, Outcome, run};
+pub(crate) use pump::{fault, last_words};
 pub use splice::PipePool;
 
 /// What the user asks for.

@@ -172,6 +172,41 @@ impl Segment {
     }
 }
 
+/// Sends from `host` what a router would say of `segment` in the name of whom it is for: the way on
+/// takes `mtu` bytes at most.
+///
+/// # Panics
+/// The kernel refuses.
+#[track_caller]
+pub fn too_big(host: &Host, segment: &Segment, mtu: u16) {
+    let (to, from) = (segment.source.ip(), segment.destination.ip());
+    let packet = segment.packet();
+    let [high, low] = mtu.to_be_bytes();
+    let (mut message, pseudo, protocol, domain) = match (from, to) {
+        (IpAddr::V4(_), _) => (vec![3, 4, 0, 0, 0, 0, high, low], 0, 1, Domain::IPV4),
+        (IpAddr::V6(from), IpAddr::V6(to)) => {
+            let quote = &packet[..packet.len().min(600)];
+            let length = (8 + quote.len()) as u16;
+            let rest = [0, 58, (length >> 8) as u8, length as u8];
+            let pseudo = sum(sum(sum(0, &from.octets()), &to.octets()), &rest);
+            (vec![2, 0, 0, 0, 0, 0, high, low], pseudo, 58, Domain::IPV6)
+        }
+        _ => panic!("{from} and {to} are of two families"),
+    };
+    message.extend(&packet[..packet.len().min(600)]);
+    let checksum = (!sum(pseudo, &message)).to_be_bytes();
+    message[2..4].copy_from_slice(&checksum);
+    let sent = host.run(move || {
+        let socket = Socket::new(domain, Type::RAW.cloexec(), Some(Protocol::from(protocol)))?;
+        // Otherwise the kernel would take it for its own choice among several addresses.
+        socket.bind(&SockAddr::from(SocketAddr::new(from, 0)))?;
+        socket.send_to(&message, &SockAddr::from(SocketAddr::new(to, 0)))
+    });
+    if let Err(error) = sent {
+        panic!("sending a router's words from {}: {error}", host.name());
+    }
+}
+
 /// The address of packet sockets for `device` of this thread's host.
 pub(crate) fn link_address(
     device: &str,

@@ -85,6 +85,47 @@ impl Peer {
         Ok(Self { reset_early, ..Self::new(socket.into(), "client") })
     }
 
+    /// Connects to `to` with an SO_RCVBUF of `bytes` (of which the kernel makes twice as many), so
+    /// with small windows and a small scale of them.
+    ///
+    /// # Panics
+    /// No connection within [`BOUND`].
+    #[track_caller]
+    #[must_use]
+    pub fn connect_with_receive_buffer(to: SocketAddr, bytes: usize) -> Self {
+        Self::connect_prepared(to, |socket| socket.set_recv_buffer_size(bytes))
+    }
+
+    /// Connects to `to` from `from`, also if an earlier connection from there is in TIME_WAIT.
+    ///
+    /// # Panics
+    /// No connection within [`BOUND`].
+    #[track_caller]
+    #[must_use]
+    pub fn connect_from(from: SocketAddr, to: SocketAddr) -> Self {
+        Self::connect_prepared(to, |socket| {
+            socket.set_reuse_address(true)?;
+            socket.bind(&from.into())
+        })
+    }
+
+    #[track_caller]
+    fn connect_prepared(
+        to: SocketAddr,
+        prepare: impl FnOnce(&Socket) -> std::io::Result<()>,
+    ) -> Self {
+        let connected = || {
+            let socket = Socket::new(Domain::for_address(to), Type::STREAM.cloexec(), None)?;
+            prepare(&socket)?;
+            socket.connect_timeout(&to.into(), BOUND)?;
+            Ok::<_, std::io::Error>(socket)
+        };
+        match connected() {
+            Ok(socket) => Self::new(socket.into(), "client"),
+            Err(error) => panic!("connecting to {to}: {error}"),
+        }
+    }
+
     pub(crate) fn new(stream: TcpStream, name: &'static str) -> Self {
         let settings =
             [stream.set_read_timeout(Some(BOUND)), stream.set_write_timeout(Some(BOUND))];

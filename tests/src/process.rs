@@ -18,6 +18,12 @@ impl Watched {
         Self { pid }
     }
 
+    /// Its number.
+    #[must_use]
+    pub fn id(self) -> u32 {
+        self.pid
+    }
+
     #[track_caller]
     fn read(self, file: &str) -> String {
         let path = PathBuf::from(format!("/proc/{}/{file}", self.pid));

@@ -3,6 +3,7 @@
 mod bench;
 mod build_ebpf;
 mod demo;
+mod kernels;
 mod kube_bins;
 mod lab;
 mod packages;
@@ -27,6 +28,8 @@ enum Verb {
     /// Compare engines and other proxies with the direct way in one run (root; nginx, HAProxy and
     /// Envoy take part where they are installed)
     Bench(bench::Flags),
+    /// Run `check` and kernel suites on other kernels, each in a virtual machine (QEMU, busybox)
+    Kernels(kernels::Flags),
     /// Set up, then run format, lints, documentation and all tests
     Test(test::Flags),
 }
@@ -37,6 +40,7 @@ fn main() -> ExitCode {
         Verb::BuildEbpf(flags) => build_ebpf::run(&flags),
         Verb::Demo(flags) => demo::run(&flags),
         Verb::Bench(flags) => bench::run(&flags),
+        Verb::Kernels(flags) => kernels::run(&flags),
         Verb::Test(flags) => test::run(&flags),
     };
     match outcome {

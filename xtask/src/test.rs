@@ -38,6 +38,7 @@ const SUITES: &[(Tier, &str)] = &[
     (Tier::Kernel, "wires"),
     (Tier::Kernel, "bad_wires"),
     (Tier::Kernel, "takeover"),
+    (Tier::Kernel, "packet_hazards"),
     (Tier::Kernel, "check"),
     (Tier::Kube, "apiserver_smoke"),
     (Tier::Kube, "endpoints_real"),

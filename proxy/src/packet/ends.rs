@@ -10,8 +10,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use proxy_common::{
-    CLIENT, Counter, EVENT_CLOSED, EVENT_RESET, EVENT_TOO_BIG, Event, MARK_ACKED_FIN, MARK_FIRST,
-    MARK_RESET, PHASE_SETTLED, Record, SERVER,
+    CLIENT, Counter, EVENT_CLOSED, EVENT_LEFT, EVENT_RESET, EVENT_STRAY, EVENT_TOO_BIG, Event,
+    MARK_ACKED_FIN, MARK_FIRST, MARK_RESET, PHASE_SETTLED, Record, SERVER,
 };
 use tokio::time::{Instant, interval, sleep_until};
 
@@ -125,6 +125,15 @@ fn handle(packet: &Arc<Packet>, closing: &mut HashMap<u32, Closing>, event: Even
             let known = closing.entry(slot.index);
             known.or_insert(Closing { slot, due, kind, is_told: false });
         }
+        EVENT_LEFT => {
+            // The client is sure that it is over; nobody else will miss it.
+            let known = closing.remove(&slot.index).filter(|known| known.slot == slot);
+            if known.is_none_or(|known| !known.is_told) {
+                packet.tell_end(slot, &record, ending(&record).as_label());
+            }
+            packet.retire(slot, &record);
+        }
+        EVENT_STRAY => packet.refresh(),
         _ => {}
     }
 }
@@ -176,6 +185,18 @@ fn tell(packet: &Packet, mut closing: Closing, record: &Record) -> Closing {
 /// Both FINs are acknowledged.
 pub(super) fn is_over(record: &Record) -> bool {
     record.halves.iter().all(|half| half.marks & MARK_ACKED_FIN != 0)
+}
+
+/// How a connection that is over has ended.
+fn ending(record: &Record) -> Reason {
+    let [client, server] = &record.halves;
+    if client.marks & MARK_RESET != 0 {
+        Reason::Reset(Side::Client)
+    } else if server.marks & MARK_RESET != 0 {
+        Reason::Reset(Side::Server)
+    } else {
+        Reason::Closed(first_to_close(record))
+    }
 }
 
 fn first_to_close(record: &Record) -> Side {

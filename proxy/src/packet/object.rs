@@ -8,9 +8,7 @@ use aya::maps::{Array, HashMap, Map, MapData, PerCpuArray, ProgramArray, RingBuf
 use aya::programs::links::{FdLink, PinnedLink};
 use aya::programs::{SchedClassifier, SkLookup};
 use aya::{Ebpf, EbpfLoader};
-use proxy_common::{
-    Endpoint, Event, HOOK_EGRESS, HOOK_INGRESS, Seen, Tuple, names, port_bit,
-};
+use proxy_common::{Endpoint, Event, HOOK_EGRESS, HOOK_INGRESS, Seen, Tuple, names, port_bit};
 use tokio::io::unix::AsyncFd;
 
 use super::table::Table;
@@ -46,8 +44,15 @@ pub struct Object {
     pub watched: Watched,
     /// What the programs count.
     pub counters: PerCpuArray<MapData, u64>,
-    /// What catches strays; works as long as it is held.
-    pub guard: Guard,
+    /// What keeps the programs at work: they are so as long as this is held (or its pins are there).
+    pub hold: Hold,
+}
+
+/// See [`Object::hold`].
+pub struct Hold {
+    _guard: Guard,
+    /// The kernel empties this array when its last descriptor and pin are gone.
+    _stages: ProgramArray<MapData>,
 }
 
 impl Object {
@@ -80,11 +85,11 @@ impl Object {
         let counters = PerCpuArray::try_from(Map::PerCpuArray(data(&mut ebpf, names::COUNTERS)?))?;
         // The guard first: from the moment that segments are rewritten, strays must be caught.
         let guard = Guard::set_up(&mut ebpf, pins).context("the guard")?;
-        connect_stages(&mut ebpf)?;
+        let hold = Hold { _guard: guard, _stages: connect_stages(&mut ebpf)? };
         // SAFETY: the ring buffer owns its descriptor, always the same one, and the `AsyncFd` owns
         // the ring buffer until it is dropped; it is never taken out.
         let events = unsafe { AsyncFd::register(events) }?;
-        Ok(Self { ebpf, table, events, seen, watched, counters, guard })
+        Ok(Self { ebpf, table, events, seen, watched, counters, hold })
     }
 }
 
@@ -114,7 +119,7 @@ fn data(ebpf: &mut Ebpf, name: &'static str) -> Result<MapData> {
 
 /// Loads the programs, and puts the real ones behind the gates. A process before us had its own
 /// there: from this moment on its gates lead to ours.
-fn connect_stages(ebpf: &mut Ebpf) -> Result<()> {
+fn connect_stages(ebpf: &mut Ebpf) -> Result<ProgramArray<MapData>> {
     let mut stages = ProgramArray::try_from(Map::ProgramArray(data(ebpf, names::STAGES)?))?;
     let all =
         [names::PACKET_INGRESS, names::PACKET_EGRESS, names::GATE_INGRESS, names::GATE_EGRESS];
@@ -127,9 +132,7 @@ fn connect_stages(ebpf: &mut Ebpf) -> Result<()> {
         let program: &SchedClassifier = ebpf.program(name).context("loaded above")?.try_into()?;
         stages.set(hook.into(), program.fd()?, 0)?;
     }
-    // The array must stay open as long as the programs are to run.
-    std::mem::forget(stages);
-    Ok(())
+    Ok(stages)
 }
 
 /// Which endpoints' handshakes are kept.

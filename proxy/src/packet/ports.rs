@@ -9,8 +9,8 @@
 mod reservation;
 
 use std::fmt;
-use std::io;
 use std::fs::DirBuilder;
+use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

@@ -26,7 +26,7 @@ use super::eligible::{Ineligible, Leg, judge};
 use super::table::Slot;
 use super::{Packet, conntrack, tcp};
 use crate::relay::copy::{self, Fault, Step};
-use crate::relay::{Counters, Moved, Reason, Side, fault};
+use crate::relay::{Counters, Moved, Reason, Side, fault, last_words};
 use crate::socket::{Downstream, Info, Socket, Upstream};
 
 /// Most bytes of one direction that may be in our hands at the switch. Well below the smallest
@@ -93,7 +93,13 @@ impl Attempt<'_> {
         match self.quieten().await {
             Ok(()) => {}
             Err(End::Stays(reason)) => return Outcome::Stays(reason, self.moved),
-            Err(End::Ends(reason)) => return Outcome::Ended(reason, self.moved),
+            Err(End::Ends(reason)) => {
+                if let Reason::Reset(side) = reason {
+                    let sockets = (self.client, self.server);
+                    self.moved = last_words(sockets, self.counters, self.moved, side).await;
+                }
+                return Outcome::Ended(reason, self.moved);
+            }
         }
         let (slot, halves) = match self.prepare(&plan) {
             Ok(prepared) => prepared,

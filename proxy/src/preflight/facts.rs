@@ -7,8 +7,8 @@ use rustix::process::{Resource, getrlimit};
 use rustix::thread::{CapabilitySet, capabilities};
 
 use super::gates::{
-    CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON, CAP_SYS_ADMIN, KERNEL, LOCKDOWN, LSM, MEMLOCK, SECCOMP,
-    USER_NAMESPACE, add_capability, allow_call,
+    CAP_BPF, CAP_NET_ADMIN, CAP_NET_RAW, CAP_PERFMON, CAP_SYS_ADMIN, KERNEL, LOCKDOWN, LSM,
+    MEMLOCK, SECCOMP, USER_NAMESPACE, add_capability, allow_call,
 };
 use super::{Row, Status};
 
@@ -110,6 +110,8 @@ impl Host {
             self.user_namespace_row(),
             self.capability_row(CapabilitySet::BPF, CAP_BPF),
             self.capability_row(CapabilitySet::NET_ADMIN, CAP_NET_ADMIN),
+            // Segments in the name of connections that have no socket any more.
+            self.capability_row(CapabilitySet::NET_RAW, CAP_NET_RAW),
             // Without it the verifier guards against speculation, and refuses branches that the
             // compiler made of ordinary code.
             self.capability_row(CapabilitySet::PERFMON, CAP_PERFMON),
@@ -160,7 +162,8 @@ impl Host {
         }
         Row::failed(
             CAP_SYS_ADMIN,
-            "absent; check makes a namespace of its own with it, the engine does without",
+            "absent; check and the engine's self-test make namespaces of their own with it, the engine \
+             does without",
             "add capability SYS_ADMIN while check runs, and take it away afterwards",
         )
     }
@@ -367,7 +370,7 @@ mod tests {
     fn every_missing_capability_has_a_remedy() {
         let host = Host { capabilities: CapabilitySet::empty(), ..Host::privileged() };
         let rows = host.rows();
-        for name in [CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON, CAP_SYS_ADMIN] {
+        for name in [CAP_BPF, CAP_NET_ADMIN, CAP_NET_RAW, CAP_PERFMON, CAP_SYS_ADMIN] {
             let row = rows.iter().find(|row| row.gate == name).unwrap();
             assert_eq!(row.status, Status::Failed, "{row:?}");
             let short = name.trim_start_matches("CAP_");

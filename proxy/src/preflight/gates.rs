@@ -13,6 +13,7 @@ pub(super) const KERNEL: &str = "kernel";
 pub(super) const USER_NAMESPACE: &str = "user namespace";
 pub(super) const CAP_BPF: &str = "CAP_BPF";
 pub(super) const CAP_NET_ADMIN: &str = "CAP_NET_ADMIN";
+pub(super) const CAP_NET_RAW: &str = "CAP_NET_RAW";
 pub(super) const CAP_PERFMON: &str = "CAP_PERFMON";
 pub(super) const CAP_SYS_ADMIN: &str = "CAP_SYS_ADMIN";
 pub(super) const SECCOMP: &str = "seccomp";
@@ -66,6 +67,7 @@ pub(super) fn closed(host: &Host, stage: Stage, failure: &Failure) -> Closed {
 
 const BPF: CapabilitySet = CapabilitySet::BPF;
 const NET_ADMIN: CapabilitySet = CapabilitySet::NET_ADMIN;
+const NET_RAW: CapabilitySet = CapabilitySet::NET_RAW;
 const PERFMON: CapabilitySet = CapabilitySet::PERFMON;
 const SYS_ADMIN: CapabilitySet = CapabilitySet::SYS_ADMIN;
 
@@ -78,6 +80,7 @@ fn refused(host: &Host, stage: Stage) -> Closed {
         Stage::Load => &[(BPF, CAP_BPF), (NET_ADMIN.union(SYS_ADMIN), CAP_NET_ADMIN)],
         Stage::Namespace => &[(SYS_ADMIN, CAP_SYS_ADMIN)],
         Stage::Attach | Stage::Handshake => &[(NET_ADMIN, CAP_NET_ADMIN)],
+        Stage::Relay => &[(NET_RAW, CAP_NET_RAW)],
     };
     if host.bpf_call == BpfCall::Refused && stage != Stage::Namespace {
         return Closed::new(SECCOMP, allow_call("bpf"));
@@ -94,8 +97,8 @@ fn refused(host: &Host, stage: Stage) -> Closed {
     if host.is_memlock_tight() {
         return memlock();
     }
-    if stage == Stage::Namespace && host.seccomp_mode > 0 {
-        return Closed::new(SECCOMP, allow_call("unshare"));
+    if matches!(stage, Stage::Namespace | Stage::Relay) && host.seccomp_mode > 0 {
+        return Closed::new(SECCOMP, allow_call(stage.call()));
     }
     if host.lockdown.as_deref() == Some("confidentiality") {
         return Closed::new(LOCKDOWN, "boot without lockdown=confidentiality");

@@ -20,12 +20,13 @@ use proxy_common::{
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::{loopback, show};
+use crate::packet::selftest::{self, Verdict};
 
 /// The kernel programs, as proxy/build.rs made them.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/steward-ebpf"));
 
-/// The whole trial takes well under a second; after this long it is given up.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// The whole trial takes about a second; after this long it is given up.
+const PATIENCE: Duration = Duration::from_secs(40);
 
 /// How long to wait for events of handshakes that are over.
 const EVENTS_WITHIN: Duration = Duration::from_secs(2);
@@ -38,11 +39,12 @@ pub(super) enum Stage {
     Namespace,
     Attach,
     Handshake,
+    Relay,
 }
 
 impl Stage {
-    pub(super) const ALL: [Self; 5] =
-        [Self::RingBuffer, Self::Load, Self::Namespace, Self::Attach, Self::Handshake];
+    pub(super) const ALL: [Self; 6] =
+        [Self::RingBuffer, Self::Load, Self::Namespace, Self::Attach, Self::Handshake, Self::Relay];
 
     /// The name of its row.
     pub(super) fn as_label(self) -> &'static str {
@@ -52,6 +54,7 @@ impl Stage {
             Self::Namespace => "own namespace",
             Self::Attach => "attach",
             Self::Handshake => "handshake",
+            Self::Relay => "packet relay",
         }
     }
 
@@ -59,6 +62,7 @@ impl Stage {
     pub(super) fn call(self) -> &'static str {
         match self {
             Self::Namespace => "unshare",
+            Self::Relay => "membarrier",
             Self::RingBuffer | Self::Load | Self::Attach | Self::Handshake => "bpf",
         }
     }
@@ -70,6 +74,7 @@ impl Stage {
             Self::Namespace => "CONFIG_NET_NS",
             Self::Attach => "CONFIG_NET_SCH_INGRESS and CONFIG_NET_CLS_BPF (or 6.6 for TCX)",
             Self::Handshake => "CONFIG_NET_CLS_ACT",
+            Self::Relay => "CONFIG_CHECKPOINT_RESTORE, CONFIG_MEMBARRIER and CONFIG_VETH",
         };
         format!("use a kernel from 5.10 on, built with {option}; or engine splice")
     }
@@ -216,7 +221,7 @@ impl Trial {
         self.stage(Stage::Namespace, namespace)?;
         self.stage(Stage::Attach, || attach(&mut ebpf))?;
         let mut logger = self.verbose.then(|| aya_log::EbpfLogger::init(&mut ebpf).ok()).flatten();
-        self.stage(Stage::Handshake, || {
+        let handshakes = self.stage(Stage::Handshake, || {
             let (segments, outcome) = handshakes(&mut ebpf);
             let _ = self.sender.send(News::Segments(segments));
             outcome
@@ -224,7 +229,8 @@ impl Trial {
         if let Some(logger) = &mut logger {
             logger.flush();
         }
-        Some(())
+        handshakes?;
+        self.stage(Stage::Relay, relay)
     }
 
     fn stage(&self, stage: Stage, work: impl FnOnce() -> Finding) -> Option<()> {
@@ -294,6 +300,15 @@ fn attach(ebpf: &mut Ebpf) -> Finding {
         program(ebpf, name)?.attach_with_options(loopback::DEVICE, hook, options)?;
     }
     Ok("to a clsact qdisc; this kernel has no TCX".to_owned())
+}
+
+/// The whole engine, as it tests itself before each start.
+fn relay() -> Finding {
+    match selftest::run() {
+        Verdict::Passed(detail) => Ok(detail),
+        Verdict::NotTried(error) => Err(error.into()),
+        Verdict::Failed(error) => Err(Failure::Refused(Chain::of(error.as_ref()))),
+    }
 }
 
 /// One connection per family, over the watched loopback device.

@@ -120,6 +120,29 @@ pub fn run<'a>(
     }
 }
 
+/// What a relay does when `from` has sent RST, for whoever else moves its bytes; returns all that
+/// was moved.
+pub(crate) async fn last_words(
+    (client, server): (&Downstream, &Upstream),
+    counters: &Counters,
+    moved: Moved,
+    from: Side,
+) -> Moved {
+    let relay = Relay {
+        client: &client.0,
+        server: &server.0,
+        pool: None,
+        counters,
+        up: AtomicU64::new(moved.up),
+        down: AtomicU64::new(moved.down),
+        is_resumed: true,
+        in_pipe: AtomicU8::new(0),
+        first_to_end: OnceLock::new(),
+    };
+    relay.last_words(from).await;
+    relay.so_far()
+}
+
 /// What both directions of one relay share.
 struct Relay<'a> {
     client: &'a Socket,

@@ -5,6 +5,7 @@
 mod ground;
 mod lives;
 mod moments;
+mod services;
 mod traces;
 mod unpinned;
 
@@ -45,5 +46,6 @@ takeover! {
         unpinned::the_deadline_and_a_second_signal_reset_them,
         unpinned::pins_belong_to_one_process,
         traces::cleanup_leaves_nothing_behind,
+        services::translated_connections,
     }
 }

@@ -10,7 +10,7 @@ use proxy_tests::stream::Dice;
 
 use crate::ground::{Ground, Pair, await_relayed_by_kernel};
 
-const ROUNDS: u64 = 16;
+const ROUNDS: u64 = 8;
 const PAIRS: u64 = 8;
 
 /// Bytes each way of the largest stream.

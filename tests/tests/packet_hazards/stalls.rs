@@ -1,0 +1,58 @@
+//! Readers that do not read, for a while or for good.
+
+use proxy_tests::facts;
+use proxy_tests::peers::{backlog_bound, both, fill_all};
+use proxy_tests::row::{Family, Row};
+
+use crate::ground::{Ground, both_families};
+
+both_families!(stalled_readers_cost_the_node_nothing, a_reader_that_uploads_first);
+
+/// What is on its way lies at the two ends, whose buffers are small here: the machine is one.
+fn stalled_readers_cost_the_node_nothing(family: Family) {
+    const COUNT: u32 = 100;
+    let row = Row::new();
+    for host in [&row.client, &row.server] {
+        host.sysctl("ipv4.tcp_rmem", "4096 131072 196608");
+        host.sysctl("ipv4.tcp_wmem", "4096 16384 196608");
+    }
+    let ground = Ground::with(row, family, &[]);
+    let listening = facts::sockstat(ground.node()).in_use;
+    let pairs: Vec<_> = (0..COUNT).map(|_| ground.pair()).collect();
+    ground.await_switched(COUNT);
+    let memory = ground.proxy.process().private_memory();
+    let servers: Vec<_> = pairs.iter().map(|(_, server)| server).collect();
+    let sent = fill_all(&servers, 1, ground.node().run(backlog_bound));
+    assert_eq!(facts::connections(ground.node()), 0);
+    assert_eq!(facts::sockstat(ground.node()).in_use, listening);
+    let grown = ground.proxy.process().private_memory().saturating_sub(memory);
+    assert!(grown < 4 << 20, "the proxy took {grown} bytes for {COUNT} readers");
+    assert!(sent.iter().all(|bytes| *bytes > 0 && *bytes < 2 << 20), "{sent:?}");
+    // Who reads again gets everything.
+    for ((client, server), sent) in pairs.iter().zip(sent) {
+        server.finish();
+        let got = client.receive_until_end(1);
+        assert_eq!(got, (sent, proxy_tests::peers::Ending::Eof));
+    }
+}
+
+/// Bytes that the proxy holds at the switch must not keep what goes the other way.
+fn a_reader_that_uploads_first(family: Family) {
+    const ANSWER: u64 = 3_000_000;
+    const UPLOAD: u64 = 100_000_000;
+    let ground = Ground::new(family);
+    let (client, server) = ground.pair();
+    client.shrink_buffers();
+    std::thread::scope(|threads| {
+        threads.spawn(|| server.send_stream(2, ANSWER));
+        both(|| client.send_stream(1, UPLOAD), || server.receive_stream(1, UPLOAD));
+        client.receive_stream(2, ANSWER);
+    });
+    // Switched or not: as long as the answer is in its hands, the proxy must not leave.
+    client.finish();
+    server.expect_eof();
+    server.finish();
+    client.expect_eof();
+    let ended = ground.proxy.ended();
+    assert_eq!((ended.bytes_up, ended.bytes_down), (UPLOAD, ANSWER));
+}
