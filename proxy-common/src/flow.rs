@@ -94,7 +94,9 @@ pub struct Half {
     /// limit. (Loader, also later.)
     pub mtu: u16,
     /// 4 or 6. (Loader.)
-    pub family: u16,
+    pub family: u8,
+    /// Of the client's half. Not 0: the access log knows of the connection's end. (Loader.)
+    pub told: u8,
     /// Added to its sequence numbers; taken from acknowledgements that go to it. (Loader.)
     pub seq_add: u32,
     /// Added to its timestamps; taken from the echoes that go to it. (Program, with the first
@@ -132,8 +134,8 @@ pub struct Half {
     pub ts_fixed: u8,
     /// Not 0: its FIN came to our socket, during the switch; [`Self::fin`] holds. (Loader.)
     pub early_fin: u8,
-    /// Its last timestamp. (Program.)
-    pub tsval: u32,
+    /// In its space: the first byte of its stream. (Loader.)
+    pub first: u32,
     /// Its segments that were dropped: they could not be parsed or were too large. (Program.)
     pub dropped: u32,
     /// When its last segment came: nanoseconds of CLOCK_MONOTONIC. (Program.)

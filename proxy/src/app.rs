@@ -198,6 +198,9 @@ impl App {
             drain.begin();
             self.metrics.draining.set(1);
             info!(signal = name, deadline = ?config.drain_timeout, "draining");
+            if let Some(packet) = &self.packet {
+                packet.hand_over().await;
+            }
             let mut drained = pin!(async {
                 // Whom the kernel has let in becomes a session before the last one can end.
                 let _ = accepting.await;
@@ -226,7 +229,7 @@ impl App {
             clean
         });
         if let Some(packet) = &packet {
-            packet.leave();
+            packet.release_ports();
         }
         info!(clean, "ended");
         self.side.shutdown_background();

@@ -1,6 +1,8 @@
 //! Verb `cleanup`: removes what kernel engines have left in the kernel.
 //!
-//! Pins live in a bpffs and outlast every process, on purpose; this is how they end.
+//! Pins live in a bpffs and outlast every process, on purpose, and so do filters on devices and
+//! settings; this is how they end. Connections that the kernel still relays are reset, so that
+//! their ends learn of it at once. Nothing is touched while a proxy runs that needs it.
 
 use std::ffi::OsStr;
 use std::io::{self, Write as _};
@@ -9,13 +11,12 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use anyhow::{Context as _, bail};
 use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, fstat, fstatfs, openat, unlinkat};
 use rustix::io::Errno;
 
 use crate::cli::CleanupFlags;
-
-/// BPF_FS_MAGIC of linux/magic.h.
-const BPF_FS_MAGIC: u32 = 0xcafe_4a11;
+use crate::packet::{self, attach, pins, ports};
 
 /// The inode of a bpffs' root (simple_fill_super in fs/libfs.c gives it 1).
 const ROOT: u64 = 1;
@@ -43,20 +44,76 @@ pub enum Failure {
 pub fn run(flags: &CleanupFlags) -> ExitCode {
     let mut stdout = io::stdout();
     // Written by hand, since the macros panic where nobody reads.
-    let removed = remove_pins(&flags.bpffs, &mut |path| {
-        let _ = writeln!(stdout, "removed {}", path.display());
+    let mut told = false;
+    let outcome = remove_all(&flags.bpffs, &mut |what| {
+        told = true;
+        let _ = writeln!(stdout, "{what}");
     });
-    match removed {
-        Ok(0) => {
-            let _ = writeln!(io::stdout(), "nothing is pinned at {}", flags.bpffs.display());
+    match outcome {
+        Ok(()) if !told => {
+            let bpffs = flags.bpffs.display();
+            let _ = writeln!(io::stdout(), "nothing is left, on devices, in settings, at {bpffs}");
             ExitCode::SUCCESS
         }
-        Ok(_) => ExitCode::SUCCESS,
+        Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            let _ = writeln!(io::stderr(), "steward-tcp-proxy: {failure}");
+            let _ = writeln!(io::stderr(), "steward-tcp-proxy: {failure:#}");
             ExitCode::FAILURE
         }
     }
+}
+
+/// Removes it all, telling line by line. What can be harmed comes last: as long as a directory is
+/// not known to be pins, nothing is done.
+fn remove_all(bpffs: &Path, tell: &mut dyn FnMut(&str)) -> anyhow::Result<()> {
+    let directory = check(bpffs)?;
+    let Some(_alone) = pins::be_alone().context("/proc")? else {
+        bail!(
+            "a proxy runs in this network namespace: end it first (its connections go on); \
+             nothing was removed"
+        );
+    };
+    // Of other network namespaces, whose proxies use this bpffs as well.
+    let mut locks = Vec::new();
+    if directory.is_some() {
+        for used in pins::all(bpffs)? {
+            match pins::lock(&used).with_context(|| used.display().to_string())? {
+                Some(lock) => locks.push(lock),
+                None => bail!("a proxy uses {}; nothing was removed", used.display()),
+            }
+        }
+    }
+    let ours = pins::directory(bpffs)?;
+    let ended = packet::end_all_pinned(&ours).context("connections")?;
+    if ended > 0 {
+        tell(&format!("reset {ended} connections"));
+    }
+    let detached = attach::remove_all(Some(&ours)).context("programs on devices")?;
+    if detached > 0 {
+        tell(&format!("removed {detached} programs from devices"));
+    }
+    if ports::release_reservation(ports::note().as_deref()).context("reserved ports")? {
+        tell("gave back reserved ports (net.ipv4.ip_local_reserved_ports)");
+    }
+    remove_pins(bpffs, &mut |path| tell(&format!("removed {}", path.display())))?;
+    Ok(())
+}
+
+/// Opens the directory, which must be on a bpffs and not all of it. `None` if it is not there.
+fn check(directory: &Path) -> Result<Option<OwnedFd>, Failure> {
+    let failed = |error: Errno| Failure::Io(directory.to_owned(), error.into());
+    let opened = match open(CWD, directory.as_os_str()) {
+        Err(Errno::NOENT) => return Ok(None),
+        opened => opened.map_err(failed)?,
+    };
+    // The magic is a 32-bit number in a type that differs by architecture.
+    if fstatfs(&opened).map_err(failed)?.f_type as u32 != pins::BPF_FS_MAGIC {
+        return Err(Failure::NoBpffs(directory.to_owned()));
+    }
+    if fstat(&opened).map_err(failed)?.st_ino == ROOT {
+        return Err(Failure::Root(directory.to_owned()));
+    }
+    Ok(Some(opened))
 }
 
 /// Removes everything in `directory`, which must be on a bpffs, and the directory itself. Calls
@@ -67,18 +124,8 @@ pub fn run(flags: &CleanupFlags) -> ExitCode {
 /// It is no such directory, or something cannot be removed; the rest then stays.
 pub fn remove_pins(directory: &Path, removed: &mut dyn FnMut(&Path)) -> Result<usize, Failure> {
     let failed = |error: Errno| Failure::Io(directory.to_owned(), error.into());
-    let opened = match open(CWD, directory.as_os_str()) {
-        Err(Errno::NOENT) => return Ok(0),
-        opened => opened.map_err(failed)?,
-    };
-    // The magic is a 32-bit number in a type that differs by architecture.
-    if fstatfs(&opened).map_err(failed)?.f_type as u32 != BPF_FS_MAGIC {
-        return Err(Failure::NoBpffs(directory.to_owned()));
-    }
+    let Some(opened) = check(directory)? else { return Ok(0) };
     let device = fstat(&opened).map_err(failed)?;
-    if device.st_ino == ROOT {
-        return Err(Failure::Root(directory.to_owned()));
-    }
     let mut count = 0;
     let mut counted = |path: &Path| {
         count += 1;

@@ -13,6 +13,7 @@ use std::ffi::OsString;
 use clap::{ArgAction, CommandFactory, FromArgMatches, Parser};
 
 use crate::config::{Config, DEFAULT_ADMIN_SOCKET, DEFAULT_BPFFS};
+use crate::packet::attach::Method;
 pub use judge::Mistakes;
 pub use verbs::{CheckFlags, CleanupFlags, ConnectionsFlags, ConnectionsVerb, KillFlags, Output};
 
@@ -51,6 +52,18 @@ pub struct Flags {
     /// The packet engine leaves connections with a longer round trip to the other engines
     #[arg(long, value_name = "DURATION", default_value = "4ms", help_heading = "Relay")]
     pub packet_max_rtt: String,
+
+    /// How programs are attached to devices: best, or clsact as on kernels before 6.6. To try what
+    /// such a kernel does; there is no other reason to choose
+    #[arg(
+        long,
+        value_name = "WAY",
+        value_enum,
+        default_value = "best",
+        hide = true,
+        help_heading = "Relay"
+    )]
+    pub packet_attach: Method,
 
     /// Time to reach the upstream, over all its addresses, before a client is refused
     #[arg(long, value_name = "DURATION", default_value = "5s", help_heading = "Relay")]

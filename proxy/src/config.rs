@@ -5,6 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::packet::attach::Method;
 use crate::relay::Wish;
 
 /// Port of an upstream that names none: the API server's own default.
@@ -58,6 +59,8 @@ pub struct PacketConfig {
     /// Connections with a longer round trip than this, on either side, stay with the userspace
     /// engines: their TCP ends shorten the way that a lost segment has to be repeated on.
     pub max_rtt: Duration,
+    /// How programs are attached to devices.
+    pub attach: Method,
 }
 
 /// What the reconciler needs to know.

@@ -5,7 +5,8 @@
 //! then on tc programs rewrite each segment and send it on: both ends have one TCP conversation
 //! with each other, and no socket, thread or memory of this process has a part in it.
 //!
-//! - [`object`]: the programs, their maps and pins; [`table`]: the records of switched connections
+//! - [`object`]: the programs and their maps; [`pins`]: where they outlive a process; [`table`]: the
+//!   records of switched connections
 //! - [`paths`]: devices that carry the programs ([`devices`], [`attach`]) and ways ([`routes`])
 //! - [`eligible`]: whether two connections can be joined; [`switch`]: how it is done
 //! - [`ends`]: what happens to a switched connection later; [`inject`]: segments in its name
@@ -22,6 +23,7 @@ pub mod inject;
 pub mod netlink;
 pub mod object;
 pub mod paths;
+pub mod pins;
 pub mod ports;
 pub mod routes;
 pub mod selftest;
@@ -31,6 +33,7 @@ pub mod tcp;
 
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -38,12 +41,14 @@ use anyhow::{Context as _, Result};
 use aya::Ebpf;
 use aya::maps::{MapData, PerCpuArray, RingBuf};
 use proxy_common::{
-    Counter, Half, PHASE_SETTLED, Record, SERVER, Seen, Tuple, WATCH_LOCAL, WATCH_REMOTE,
+    CLIENT, Counter, Half, PHASE_SETTLED, Record, SERVER, Seen, Tuple, WATCH_LOCAL, WATCH_REMOTE,
+    names,
 };
 use rustix::io::Errno;
 use socket2::{SockAddr, SockRef};
 use tokio::io::unix::AsyncFd;
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedRwLockReadGuard, RwLock, Semaphore};
+use tokio_util::sync::CancellationToken;
 
 use crate::config::PacketConfig;
 use crate::control::{Connections, Row, Which};
@@ -56,6 +61,7 @@ use inject::{Injector, Segment};
 use netlink::Watch;
 use object::{Hold, Object, Watched};
 use paths::Paths;
+use pins::Pins;
 use ports::{Port, PortPool};
 use table::{Slot, Table};
 
@@ -71,6 +77,11 @@ pub const LOOKS: u8 = 6;
 
 /// Original destinations that clients may teach us to watch.
 const LEARNED: usize = 256;
+
+/// How often conntrack is told that switched connections live, and for how long it then believes
+/// it at least. (The kernel's own time is days; some hosts have it shorter.)
+const KEEP_TRACKED: Duration = Duration::from_secs(30 * 60);
+const TRACKED: Duration = Duration::from_secs(4 * 60 * 60);
 
 /// The engine.
 pub struct Packet {
@@ -88,7 +99,19 @@ pub struct Packet {
     counters: PerCpuArray<MapData, u64>,
     metrics: Arc<Metrics>,
     places: Arc<Semaphore>,
+    /// Connections taken over beyond `--max-connections`: so many of those that end free no place.
+    owed: AtomicUsize,
     is_pinned: bool,
+    /// Held until the pins are a successor's.
+    pins: Mutex<Option<Pins>>,
+    /// Read by whoever changes records; written once, when they are a successor's.
+    turn: Arc<RwLock<()>>,
+    leaving: CancellationToken,
+    /// Whether a task keeps conntrack's entries.
+    is_tracking: AtomicBool,
+    runtime: tokio::runtime::Handle,
+    /// See [`pins::be_present`].
+    _presence: std::fs::File,
 }
 
 struct Machinery {
@@ -122,18 +145,31 @@ impl Packet {
         places: Arc<Semaphore>,
         metrics: Arc<Metrics>,
     ) -> Result<(Arc<Self>, News)> {
+        let presence = pins::be_present().context("/proc")?;
         let grace = Grace::start().context("membarrier(2)")?;
         let injector = Injector::new().context("raw sockets (capability NET_RAW)")?;
         // Opened before devices and routes are looked at, so that no change falls in between.
         let watch = Watch::open().context("netlink")?;
         let connections = u32::try_from(max_connections).unwrap_or(u32::MAX).max(16);
-        let object = Object::load(config.bpffs.as_deref(), connections)?;
-        let Object { mut ebpf, table, events, seen, watched, counters, pins, hold } = object;
-        let note = pins.as_ref().map(|_| std::path::Path::new("/run/steward-tcp-proxy/ports"));
-        let ports =
-            PortPool::reserve(note.filter(|note| note.parent().is_some_and(|p| p.exists())))
-                .context("local ports")?;
-        let paths = Paths::open(&mut ebpf, pins.as_deref()).context("attaching to devices")?;
+        let pins = match config.bpffs.as_deref().map(Pins::open).transpose() {
+            Ok(pins) => pins,
+            Err(pins::Failure::Absent(reason)) => {
+                tracing::warn!(
+                    reason,
+                    "no bpffs for pins: connections relayed by the kernel end with this process"
+                );
+                None
+            }
+            Err(failure @ pins::Failure::Taken(_)) => return Err(failure.into()),
+        };
+        let directory = pins.as_ref().map(Pins::directory);
+        let object = Object::load(directory, connections)?;
+        let Object { mut ebpf, table, events, seen, watched, counters, hold } = object;
+        // What outlives us must be found again; else it is enough to recognise it.
+        let note = directory.and_then(|_| ports::make_note());
+        let ports = PortPool::reserve(note.as_deref()).context("local ports")?;
+        let paths = Paths::open(&mut ebpf, config.attach, directory);
+        let paths = paths.context("attaching to devices")?;
         let packet = Arc::new(Self {
             table,
             grace,
@@ -148,33 +184,98 @@ impl Packet {
             counters,
             metrics,
             places,
+            owed: AtomicUsize::new(0),
             is_pinned: pins.is_some(),
+            pins: Mutex::new(pins),
+            turn: Arc::default(),
+            leaving: CancellationToken::new(),
+            is_tracking: AtomicBool::new(false),
+            runtime: tokio::runtime::Handle::current(),
+            _presence: presence,
         });
         packet.watch(listening, WATCH_LOCAL);
-        packet.take_over();
+        packet.take_over().context("taking over")?;
         Ok((packet, News { events, watch }))
     }
 
     /// Connections that an earlier process has switched are ours from here on; what it left half
-    /// done is ended.
-    fn take_over(&self) {
+    /// done is ended. ([`ends::run`] begins with those that have ended meanwhile.)
+    fn take_over(self: &Arc<Self>) -> std::io::Result<()> {
+        let mut guards = self.table.sweep_flows();
+        let (mut adopted, mut left) = (0_u32, Vec::new());
         for slot in self.table.in_use() {
             match self.table.read(slot) {
                 Some(record) if record.phase == PHASE_SETTLED => {
                     self.ports.claim(record.halves[SERVER].local.port);
-                    if let Ok(place) = self.places.try_acquire() {
-                        place.forget();
+                    self.note_guard(slot, guards.remove(&slot.index));
+                    self.take_place();
+                    if record.halves[CLIENT].told == 0 {
+                        self.count_live(1);
                     }
-                    self.count_live(1);
+                    adopted += 1;
                 }
                 Some(record) => {
-                    self.table.unlink(slot, None);
-                    self.reset_both(&record);
-                    self.table.reuse([slot]);
+                    // Findable: the process ended in the middle of the switch, and what was in its
+                    // hands is lost. Not findable: all was over but the last grace period.
+                    if self.table.unlink(slot, guards.remove(&slot.index)) {
+                        self.reset_both(&record);
+                        self.untrack(&record);
+                    }
+                    left.push(slot);
                 }
-                None => self.table.reuse([slot]),
+                None => {}
             }
         }
+        if !left.is_empty() {
+            grace::synchronize()?;
+            self.table.reuse(left.iter().copied());
+        }
+        if adopted > 0 || !left.is_empty() {
+            tracing::info!(adopted, reset = left.len(), "took over from an earlier process");
+        }
+        if adopted > 0 {
+            self.keep_tracked();
+        }
+        Ok(())
+    }
+
+    fn take_place(&self) {
+        match self.places.try_acquire() {
+            Ok(place) => place.forget(),
+            Err(_) => {
+                self.owed.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+    }
+
+    fn free_place(&self) {
+        let less = |owed: usize| owed.checked_sub(1);
+        if self.owed.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less).is_err() {
+            self.places.add_permits(1);
+        }
+    }
+
+    /// Leaves the switched connections to a successor: from here on nothing is switched, and no
+    /// record is changed any more. Ends when that is so; pins can be opened by another process
+    /// then. Without pins there is no successor, and nothing happens.
+    pub async fn hand_over(&self) {
+        if !self.is_pinned {
+            return;
+        }
+        self.leaving.cancel();
+        // Waits for what is under way. Never given back.
+        std::mem::forget(Arc::clone(&self.turn).write_owned().await);
+        *lock(&self.pins) = None;
+    }
+
+    /// Ends when a successor may come.
+    async fn left(&self) {
+        self.leaving.cancelled().await;
+    }
+
+    /// Leave to change records; none once they are a successor's.
+    fn turn(&self) -> Option<OwnedRwLockReadGuard<()>> {
+        Arc::clone(&self.turn).try_read_owned().ok()
     }
 
     /// Whether switched connections outlive this process.
@@ -185,16 +286,18 @@ impl Packet {
 
     /// Gives back what was taken from the host for as long as connections live without a socket;
     /// for the end of a process that leaves none.
-    pub fn leave(&self) {
+    pub fn release_ports(&self) {
         if let Err(error) = ports::release_reservation(None) {
             tracing::warn!(%error, "reserved ports stay reserved");
         }
     }
 
-    /// Switched connections.
+    /// Switched connections that have not ended.
     #[must_use]
     pub fn live(&self) -> usize {
-        self.table.in_use().len()
+        let slots = self.table.in_use().into_iter();
+        let records = slots.filter_map(|slot| self.table.read(slot));
+        records.filter(|record| record.halves[CLIENT].told == 0).count()
     }
 
     fn table(&self) -> &Table {
@@ -280,9 +383,59 @@ impl Packet {
         }
     }
 
-    fn note_switched(&self, took: Duration) {
+    fn note_switched(self: &Arc<Self>, slot: Slot, took: Duration) {
         self.metrics.packet_switch.observe(took.as_secs_f64());
         self.count_live(1);
+        if let Some(record) = self.table.read(slot) {
+            self.track(&record, tracked_time());
+        }
+        self.keep_tracked();
+    }
+
+    /// Has conntrack keep its entries for so long from now. It sees no more segments.
+    fn track(&self, record: &Record, time: Duration) {
+        if let Some(conntrack) = &mut *lock(&self.conntrack) {
+            for tuple in tracked(record) {
+                // Few connections have entries.
+                let _ = conntrack.refresh(tuple, time);
+            }
+        }
+    }
+
+    fn untrack(&self, record: &Record) {
+        if let Some(conntrack) = &mut *lock(&self.conntrack) {
+            for tuple in tracked(record) {
+                let _ = conntrack.delete(tuple);
+            }
+        }
+    }
+
+    /// Tells conntrack again and again, as long as there are switched connections.
+    fn keep_tracked(self: &Arc<Self>) {
+        if lock(&self.conntrack).is_none() || self.is_tracking.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let packet = Arc::clone(self);
+        self.runtime.spawn(async move {
+            while !packet.table.in_use().is_empty() {
+                let keeper = Arc::clone(&packet);
+                let kept = tokio::task::spawn_blocking(move || {
+                    let time = tracked_time();
+                    for slot in keeper.table.in_use() {
+                        if let Some(record) = keeper.table.read(slot) {
+                            keeper.track(&record, time);
+                        }
+                    }
+                });
+                let _ = kept.await;
+                tokio::select! {
+                    () = tokio::time::sleep(KEEP_TRACKED) => {}
+                    () = packet.left() => return,
+                }
+            }
+            // One that was switched just now, too late for the condition, is told of by the next.
+            packet.is_tracking.store(false, Ordering::Release);
+        });
     }
 
     fn count_live(&self, change: i64) {
@@ -307,8 +460,11 @@ impl Packet {
     fn release(self: &Arc<Self>, slot: Slot) {
         let guard = lock(&self.guards).remove(&slot.index);
         self.table.unlink(slot, guard);
+        // Without it the slot is left to the successor, who finds it unlinked.
+        let Some(turn) = self.turn() else { return };
         let packet = Arc::clone(self);
         tokio::spawn(async move {
+            let _turn = turn;
             if packet.grace.pass().await {
                 packet.table.reuse([slot]);
             }
@@ -319,44 +475,28 @@ impl Packet {
     fn retire(self: &Arc<Self>, slot: Slot, record: &Record) {
         self.release(slot);
         self.ports.give_back(record.halves[SERVER].local.port);
-        self.places.add_permits(1);
-        if let Some(conntrack) = &mut *lock(&self.conntrack) {
-            let [client, server] = &record.halves;
-            for (source, destination) in
-                [(client.remote, client.local), (server.local, server.remote)]
-            {
-                let tuple =
-                    conntrack::Tuple { source: source.into(), destination: destination.into() };
-                let _ = conntrack.delete(tuple);
-            }
-        }
+        self.free_place();
+        self.untrack(record);
     }
 
     /// RST to both ends, with the numbers that they expect. Where an end has moved on meanwhile, it
     /// asks back, and the stack, which knows the connection no more, answers with the right one.
     fn reset_both(&self, record: &Record) {
-        for half in &record.halves {
-            let _ = self.injector.reset(&Segment {
-                source: half.local.into(),
-                destination: half.remote.into(),
-                sequence: half.acked,
-                acknowledgement: half.sent,
-                window: 0,
-                timestamps: None,
-            });
-        }
+        reset_both(&self.injector, record);
     }
 
     /// Resets a connection.
     fn kill(self: &Arc<Self>, slot: Slot, reason: &'static str) -> bool {
+        let Some(_turn) = self.turn() else { return false };
         let Some(record) = self.table.read(slot).filter(|record| record.phase == PHASE_SETTLED)
         else {
             return false;
         };
+        // One that has ended by itself is told of already, and its tuples are kept for a while.
+        let is_alive = self.tell_end(slot, &record, reason);
         self.retire(slot, &record);
         self.reset_both(&record);
-        self.tell_end(&record, reason);
-        true
+        is_alive
     }
 
     /// Resets all switched connections.
@@ -364,7 +504,11 @@ impl Packet {
         self.table.in_use().into_iter().filter(|slot| self.kill(*slot, reason)).count()
     }
 
-    fn tell_end(&self, record: &Record, reason: &'static str) {
+    /// Tells the access log, once. False if it knew.
+    fn tell_end(&self, slot: Slot, record: &Record, reason: &'static str) -> bool {
+        if !self.table.mark_told(slot) {
+            return false;
+        }
         self.count_live(-1);
         let [client, server] = &record.halves;
         crate::session::log_switched(
@@ -375,6 +519,7 @@ impl Packet {
             Duration::from_millis(now_ms().saturating_sub(record.accepted_ms)),
             reason,
         );
+        true
     }
 
     /// Looks at devices and routes again, and corrects the records of connections whose way has
@@ -436,7 +581,8 @@ impl Connections for Handle {
             let [client, server] = &record.halves;
             let seen = client.seen_ns.max(server.seen_ns);
             let age = now_ms().saturating_sub(record.accepted_ms) as f64 / 1e3;
-            (record.phase == PHASE_SETTLED).then(|| Row {
+            let is_alive = record.phase == PHASE_SETTLED && client.told == 0;
+            is_alive.then(|| Row {
                 id: slot.to_string(),
                 client: client.remote.into(),
                 upstream: server.remote.into(),
@@ -462,6 +608,72 @@ impl Connections for Handle {
             .filter(|slot| self.0.kill(*slot, "killed"))
             .count()
     }
+}
+
+fn reset_both(injector: &Injector, record: &Record) {
+    for half in &record.halves {
+        // An end that cannot be reached is told when it next sends something.
+        let _ = injector.reset(&Segment {
+            source: half.local.into(),
+            destination: half.remote.into(),
+            sequence: half.acked,
+            acknowledgement: half.sent,
+            window: 0,
+            timestamps: None,
+        });
+    }
+}
+
+/// Resets every connection in the records that are pinned in `directory`, which no process uses,
+/// and has conntrack forget them. How many there were.
+///
+/// # Errors
+/// The pins are not what they should be, or the kernel refuses.
+pub fn end_all_pinned(directory: &std::path::Path) -> Result<usize> {
+    let open = |name: &str| {
+        let path = directory.join(name);
+        path.exists().then(|| MapData::from_pin(&path).with_context(|| name.to_owned())).transpose()
+    };
+    let (Some(records), Some(flows)) = (open(names::RECORDS)?, open(names::FLOWS)?) else {
+        return Ok(0);
+    };
+    let table = Table::new(records, flows)?;
+    let injector = Injector::new().context("raw sockets (capability NET_RAW)")?;
+    let mut conntrack = Conntrack::open().unwrap_or_default();
+    let mut guards = table.sweep_flows();
+    let mut ended = 0;
+    for slot in table.in_use() {
+        let Some(record) = table.read(slot) else { continue };
+        if !table.unlink(slot, guards.remove(&slot.index)) {
+            continue;
+        }
+        // Those that have ended are only remembered for a while.
+        if record.halves[CLIENT].told == 0 && !ends::is_over(&record) {
+            reset_both(&injector, &record);
+            ended += 1;
+        }
+        for tuple in tracked(&record) {
+            if let Some(conntrack) = &mut conntrack {
+                let _ = conntrack.delete(tuple);
+            }
+        }
+    }
+    Ok(ended)
+}
+
+/// What conntrack may know the connection by.
+fn tracked(record: &Record) -> [conntrack::Tuple; 2] {
+    let [client, server] = &record.halves;
+    [(client.remote, client.local), (server.local, server.remote)].map(|(source, destination)| {
+        conntrack::Tuple { source: source.into(), destination: destination.into() }
+    })
+}
+
+/// How long conntrack keeps connections that it sees, and at least [`TRACKED`].
+fn tracked_time() -> Duration {
+    let path = "/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_established";
+    let usual = std::fs::read_to_string(path).ok().and_then(|text| text.trim().parse().ok());
+    usual.map_or(TRACKED, Duration::from_secs).max(TRACKED)
 }
 
 /// Milliseconds since 1970.

@@ -108,6 +108,44 @@ impl Host {
         }
     }
 
+    /// Gives programs started on this host from here on a bpffs of their own at `bpffs`, a directory
+    /// that exists, and an empty /run. Both end with the host.
+    ///
+    /// # Panics
+    /// The kernel refuses, or has no bpffs.
+    #[track_caller]
+    pub fn mount_own(&self, bpffs: &std::path::Path) {
+        let bpffs = bpffs.to_owned();
+        self.run(move || {
+            // SAFETY: of this thread alone; CLONE_FS, which comes along, means that its working
+            // directory is its own from here on.
+            unsafe { unshare_unsafe(UnshareFlags::NEWNS) }.expect("a mount namespace");
+            let mount = |arguments: &[&std::ffi::OsStr]| {
+                let status = Command::new("mount").args(arguments).status();
+                assert!(status.is_ok_and(|status| status.success()), "mount {arguments:?}");
+            };
+            mount(&["--make-rprivate".as_ref(), "/".as_ref()]);
+            mount(&["-t".as_ref(), "bpf".as_ref(), "bpf".as_ref(), bpffs.as_ref()]);
+            mount(&["-t".as_ref(), "tmpfs".as_ref(), "tmpfs".as_ref(), "/run".as_ref()]);
+        });
+    }
+
+    /// Runs a program on this host, and returns its stdout.
+    ///
+    /// # Panics
+    /// It fails; the message is its own.
+    #[track_caller]
+    pub fn output(&self, program: &str, arguments: &[&str]) -> String {
+        let (name, words) = (program.to_owned(), arguments.iter().map(|&word| word.to_owned()));
+        let words: Vec<String> = words.collect();
+        let output = self.run(move || Command::new(name).args(words).output());
+        let output = output.unwrap_or_else(|error| panic!("{program}: {error}"));
+        let error = String::from_utf8_lossy(&output.stderr);
+        let host = &self.name;
+        assert!(output.status.success(), "on {host}: {program} {arguments:?}: {error}");
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
     /// Joins this host and `other` by a wire. On it, this host is 10.`net`.0.1 and fd00:`net`::1,
     /// the other 10.`net`.0.2 and fd00:`net`::2; both call their device `wire<net>`.
     ///

@@ -231,6 +231,22 @@ impl Peer {
         }
     }
 
+    /// Sends the first `len` bytes of the stream of `seed`, and ends this direction.
+    ///
+    /// # Errors
+    /// The connection broke meanwhile.
+    pub fn try_send_all(&self, seed: u64, len: u64) -> std::io::Result<()> {
+        let mut stream = Stream::new(seed);
+        let mut buffer = [0; CHUNK];
+        while stream.position() < len {
+            let left = usize::try_from(len - stream.position()).unwrap_or(usize::MAX);
+            let chunk = &mut buffer[..left.min(CHUNK)];
+            stream.fill(chunk);
+            (&self.stream).write_all(chunk)?;
+        }
+        self.stream.shutdown(Shutdown::Write)
+    }
+
     /// Sends one byte as urgent data (MSG_OOB).
     ///
     /// # Panics

@@ -333,6 +333,12 @@ impl Proxy {
         }
     }
 
+    /// How many log lines (JSON objects) so far match.
+    #[must_use]
+    pub fn count_lines(&self, matches: impl Fn(&Value) -> bool) -> usize {
+        self.log.lock().parsed.iter().filter(|line| matches(line)).count()
+    }
+
     /// Waits until `count` connections have ended, and says how all of them did, in their order.
     ///
     /// # Panics

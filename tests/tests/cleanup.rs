@@ -6,7 +6,7 @@ use std::process::{Command, Output};
 use proxy_tests::proxy::binary;
 use rustix::process::Signal;
 
-/// Runs a shell script in a mount namespace where `$DIR/bpf` is an empty bpffs and `$PROXY` the
+/// Runs a shell script in mount and network namespaces of its own where `$DIR/bpf` is an empty bpffs and `$PROXY` the
 /// program; the bpffs goes with the script.
 #[track_caller]
 fn with_bpffs(script: &str) -> Output {
@@ -14,7 +14,7 @@ fn with_bpffs(script: &str) -> Output {
     let folder = tempfile::tempdir().expect("a folder");
     let prelude = "set -e; mkdir $DIR/bpf; mount -t bpf bpf $DIR/bpf; cd $DIR";
     let mut command = Command::new("unshare");
-    command.args(["--mount", "--propagation", "private", "sh", "-c"]);
+    command.args(["--mount", "--net", "--propagation", "private", "sh", "-c"]);
     command.arg(format!("{prelude}\n{script}"));
     command.env("DIR", folder.path()).env("PROXY", binary());
     // SAFETY: prctl is async-signal-safe and nothing is allocated between fork and exec.

@@ -37,6 +37,7 @@ const SUITES: &[(Tier, &str)] = &[
     (Tier::Kernel, "hosts"),
     (Tier::Kernel, "wires"),
     (Tier::Kernel, "bad_wires"),
+    (Tier::Kernel, "takeover"),
     (Tier::Kernel, "packet_hazards"),
     (Tier::Kernel, "check"),
     (Tier::Kernel, "selftest"),

@@ -86,7 +86,7 @@ pub(super) fn config(flags: &Flags, mistakes: &mut Mistakes) -> Option<Config> {
         endpoints: endpoints?,
         admin: admin?,
         admin_socket: admin_socket?,
-        packet: PacketConfig { bpffs: bpffs?, max_rtt: max_rtt? },
+        packet: PacketConfig { bpffs: bpffs?, max_rtt: max_rtt?, attach: flags.packet_attach },
         log_format: log_format?,
         verbosity: u8::try_from(verbosity?).ok()?,
     })

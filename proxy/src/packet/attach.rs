@@ -70,7 +70,7 @@ impl From<ProgramError> for AttachError {
 }
 
 /// How programs are attached.
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+#[derive(clap::ValueEnum, Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub enum Method {
     /// By TCX where the kernel has it.
     #[default]

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use proxy_common::{
-    CLIENT, EVENT_CLOSED, EVENT_LEFT, EVENT_RESET, EVENT_STRAY, EVENT_TOO_BIG, Event,
+    CLIENT, Counter, EVENT_CLOSED, EVENT_LEFT, EVENT_RESET, EVENT_STRAY, EVENT_TOO_BIG, Event,
     MARK_ACKED_FIN, MARK_FIRST, MARK_RESET, PHASE_SETTLED, Record, SERVER,
 };
 use tokio::time::{Instant, interval, sleep_until};
@@ -52,6 +52,8 @@ enum Kind {
 pub async fn run(packet: Arc<Packet>, news: News, idle_timeout: Option<Duration>) {
     let News { mut events, mut watch } = news;
     let mut closing: HashMap<u32, Closing> = HashMap::new();
+    look_through(&packet, &mut closing);
+    let mut lost = packet.count(Counter::EventLost);
     let mut idle =
         idle_timeout.map(|timeout| interval((timeout / 4).max(Duration::from_millis(50))));
     loop {
@@ -59,23 +61,33 @@ pub async fn run(packet: Arc<Packet>, news: News, idle_timeout: Option<Duration>
         tokio::select! {
             ready = events.readable_mut() => {
                 let Ok(mut ready) = ready else { return };
+                let Some(_turn) = packet.turn() else { return };
                 while let Some(event) = next_event(ready.get_inner_mut()) {
                     handle(&packet, &mut closing, event);
                 }
                 ready.clear_ready();
+                let lost_by_now = packet.count(Counter::EventLost);
+                if lost_by_now != lost {
+                    lost = lost_by_now;
+                    look_through(&packet, &mut closing);
+                }
             }
+            () = packet.left() => return,
             changed = watch.changed() => {
                 if changed.is_err() {
                     // Without word of changes, connections must not depend on noticing them.
                     tracing::warn!("the kernel tells no more of devices and routes");
                     return;
                 }
+                let Some(_turn) = packet.turn() else { return };
                 packet.refresh();
             }
             () = sleep_until(next.unwrap_or_else(Instant::now)), if next.is_some() => {
+                let Some(_turn) = packet.turn() else { return };
                 sweep(&packet, &mut closing);
             }
             () = tick(&mut idle), if idle.is_some() => {
+                let Some(_turn) = packet.turn() else { return };
                 end_idle(&packet, idle_timeout.unwrap_or_default());
             }
         }
@@ -117,12 +129,40 @@ fn handle(packet: &Arc<Packet>, closing: &mut HashMap<u32, Closing>, event: Even
             // The client is sure that it is over; nobody else will miss it.
             let known = closing.remove(&slot.index).filter(|known| known.slot == slot);
             if known.is_none_or(|known| !known.is_told) {
-                packet.tell_end(&record, ending(&record).as_label());
+                packet.tell_end(slot, &record, ending(&record).as_label());
             }
             packet.retire(slot, &record);
         }
         EVENT_STRAY => packet.refresh(),
         _ => {}
+    }
+}
+
+/// Finds ends in the records themselves: those of which nobody was told, since no process lived or
+/// the programs had no room.
+fn look_through(packet: &Arc<Packet>, closing: &mut HashMap<u32, Closing>) {
+    for slot in packet.table().in_use() {
+        let Some(record) = packet.table().read(slot) else { continue };
+        let reset = |side: usize| record.halves[side].marks & MARK_RESET != 0;
+        let (kind, wait) = if is_over(&record) {
+            (Kind::Closed, AFTER_CLOSE)
+        } else if reset(CLIENT) {
+            (Kind::Reset(Side::Client), AFTER_RESET)
+        } else if reset(SERVER) {
+            (Kind::Reset(Side::Server), AFTER_RESET)
+        } else {
+            continue;
+        };
+        if closing.get(&slot.index).is_some_and(|known| known.slot == slot) {
+            continue;
+        }
+        let due = Instant::now() + wait.saturating_sub(silence(&record));
+        let is_told = record.halves[CLIENT].told != 0;
+        let mut ended = Closing { slot, due, kind, is_told };
+        if !is_told && kind == Kind::Closed {
+            ended = tell(packet, ended, &record);
+        }
+        closing.insert(slot.index, ended);
     }
 }
 
@@ -134,7 +174,7 @@ fn tell(packet: &Packet, mut closing: Closing, record: &Record) -> Closing {
             Kind::Closed => Reason::Closed(first_to_close(record)),
             Kind::Reset(side) => Reason::Reset(side),
         };
-        packet.tell_end(record, reason.as_label());
+        packet.tell_end(closing.slot, record, reason.as_label());
         closing.is_told = true;
     } else {
         closing.due = Instant::now() + SOON;
@@ -143,7 +183,7 @@ fn tell(packet: &Packet, mut closing: Closing, record: &Record) -> Closing {
 }
 
 /// Both FINs are acknowledged.
-fn is_over(record: &Record) -> bool {
+pub(super) fn is_over(record: &Record) -> bool {
     record.halves.iter().all(|half| half.marks & MARK_ACKED_FIN != 0)
 }
 

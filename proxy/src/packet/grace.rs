@@ -47,7 +47,11 @@ impl Grace {
     }
 }
 
-fn synchronize() -> io::Result<()> {
+/// Waits here and now.
+///
+/// # Errors
+/// See [`Grace::start`].
+pub fn synchronize() -> io::Result<()> {
     const MEMBARRIER_CMD_GLOBAL: i32 = 1;
     // SAFETY: the call touches no memory of ours.
     let status = unsafe { libc::syscall(libc::SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) };

@@ -1,17 +1,14 @@
 //! The kernel programs of the engine: loaded, connected, pinned.
 
-use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context as _, Result};
 use aya::maps::{Array, HashMap, Map, MapData, PerCpuArray, ProgramArray, RingBuf, SockMap};
 use aya::programs::links::{FdLink, PinnedLink};
 use aya::programs::{SchedClassifier, SkLookup};
 use aya::{Ebpf, EbpfLoader};
-use proxy_common::{
-    Endpoint, Event, HOOK_EGRESS, HOOK_INGRESS, LAYOUT, Seen, Tuple, names, port_bit,
-};
+use proxy_common::{Endpoint, Event, HOOK_EGRESS, HOOK_INGRESS, Seen, Tuple, names, port_bit};
 use tokio::io::unix::AsyncFd;
 
 use super::table::Table;
@@ -47,8 +44,6 @@ pub struct Object {
     pub watched: Watched,
     /// What the programs count.
     pub counters: PerCpuArray<MapData, u64>,
-    /// Where pins are; `None` if the programs end with this process.
-    pub pins: Option<PathBuf>,
     /// What keeps the programs at work: they are so as long as this is held (or its pins are there).
     pub hold: Hold,
 }
@@ -60,55 +55,20 @@ pub struct Hold {
     _stages: ProgramArray<MapData>,
 }
 
-/// The part of the namespace's pins under `--bpffs`: one directory for each layout of the maps,
-/// and in it one for each network namespace, whose connections have nothing to do with another's.
-///
-/// # Errors
-/// The namespace cannot be told, or the directory not be made.
-pub fn pin_directory(bpffs: &Path) -> io::Result<PathBuf> {
-    use std::os::unix::fs::MetadataExt as _;
-    let namespace = std::fs::metadata("/proc/thread-self/ns/net")?.ino();
-    Ok(bpffs.join(LAYOUT).join(format!("net-{namespace}")))
-}
-
-/// Makes the directory for pins. `None`, with the reason, if there is no bpffs to be had.
-fn make_pins(bpffs: &Path) -> Result<PathBuf, String> {
-    const BPF_FS_MAGIC: u32 = 0xcafe_4a11;
-    let directory = pin_directory(bpffs).map_err(|error| error.to_string())?;
-    // The nearest directory that exists tells what file system this would be on.
-    let existing = directory.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
-    let kind = rustix::fs::statfs(existing).map_err(|error| error.to_string())?.f_type;
-    if kind as u32 != BPF_FS_MAGIC {
-        return Err(format!("{} is no bpffs", existing.display()));
-    }
-    std::fs::create_dir_all(&directory)
-        .map_err(|error| format!("{}: {error}", directory.display()))?;
-    Ok(directory)
-}
-
 impl Object {
-    /// Loads and connects everything; nothing is attached to a device yet. Must be called from
-    /// within a runtime.
+    /// Loads and connects everything; nothing is attached to a device yet. With `pins`, maps that
+    /// are pinned there are used as they are, also if `connections` was another number then. Must
+    /// be called from within a runtime.
     ///
     /// # Errors
     /// What the kernel refuses, with the step.
-    pub fn load(bpffs: Option<&Path>, connections: u32) -> Result<Self> {
-        let pins = match bpffs.map(make_pins).transpose() {
-            Ok(pins) => pins,
-            Err(reason) => {
-                tracing::warn!(
-                    reason,
-                    "no bpffs for pins: connections relayed by the kernel end with this process"
-                );
-                None
-            }
-        };
+    pub fn load(pins: Option<&Path>, connections: u32) -> Result<Self> {
         let mut loader = EbpfLoader::new();
         loader
             .override_global(aya_log::LEVEL, &0u8, true)
             .map_max_entries(names::RECORDS, connections)
             .map_max_entries(names::FLOWS, connections.saturating_mul(3));
-        if let Some(pins) = &pins {
+        if let Some(pins) = pins {
             for name in SHARED {
                 loader.map_pin_path(name, pins.join(name));
             }
@@ -124,12 +84,12 @@ impl Object {
         };
         let counters = PerCpuArray::try_from(Map::PerCpuArray(data(&mut ebpf, names::COUNTERS)?))?;
         // The guard first: from the moment that segments are rewritten, strays must be caught.
-        let guard = Guard::set_up(&mut ebpf, pins.as_deref()).context("the guard")?;
+        let guard = Guard::set_up(&mut ebpf, pins).context("the guard")?;
         let hold = Hold { _guard: guard, _stages: connect_stages(&mut ebpf)? };
         // SAFETY: the ring buffer owns its descriptor, always the same one, and the `AsyncFd` owns
         // the ring buffer until it is dropped; it is never taken out.
         let events = unsafe { AsyncFd::register(events) }?;
-        Ok(Self { ebpf, table, events, seen, watched, counters, pins, hold })
+        Ok(Self { ebpf, table, events, seen, watched, counters, hold })
     }
 }
 

@@ -35,10 +35,14 @@ impl Paths {
     ///
     /// # Errors
     /// The kernel does not tell about devices.
-    pub fn open(ebpf: &mut Ebpf, pins: Option<&std::path::Path>) -> io::Result<Self> {
+    pub fn open(
+        ebpf: &mut Ebpf,
+        method: Method,
+        pins: Option<&std::path::Path>,
+    ) -> io::Result<Self> {
         let mut paths = Self {
             netlink: Netlink::open()?,
-            attachments: Attachments::new(Method::Best),
+            attachments: Attachments::new(method),
             fit: HashSet::new(),
             hops: HashMap::new(),
             has_ipsec: routes::has_ipsec_policies()?,

@@ -9,14 +9,19 @@
 mod reservation;
 
 use std::fmt;
+use std::fs::DirBuilder;
 use std::io;
-use std::path::Path;
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU64, AtomicUsize, Ordering};
 
 use proxy_common::port_bit;
 
 use reservation::PortSet;
+
+/// Directory of the notes, on a file system that a restart of the host empties.
+const NOTES: &str = "/run/steward-tcp-proxy";
 
 /// Words of 64 bits with one bit for each port.
 const WORDS: usize = 1024;
@@ -106,12 +111,30 @@ impl PortPool {
     }
 }
 
+/// The note's place, one for each network namespace; `None` if it cannot be written there. Makes
+/// its directory, for root alone.
+#[must_use]
+pub fn make_note() -> Option<PathBuf> {
+    let path = note()?;
+    let directory = path.parent()?;
+    let made = DirBuilder::new().recursive(true).mode(0o700).create(directory);
+    let is_writable = rustix::fs::access(directory, rustix::fs::Access::WRITE_OK).is_ok();
+    (made.is_ok() && is_writable).then_some(path)
+}
+
+/// Where the note is, if there is one.
+#[must_use]
+pub fn note() -> Option<PathBuf> {
+    let namespace = std::fs::metadata("/proc/thread-self/ns/net").ok()?.ino();
+    Some(Path::new(NOTES).join(format!("ports-net-{namespace}")))
+}
+
 /// Undoes what [`PortPool::reserve`] did to the settings of this thread's network namespace, and
-/// removes the note. Doing it twice does no harm.
+/// removes the note. False if there was nothing to undo.
 ///
 /// # Errors
 /// /proc/sys/net cannot be read or written; the note cannot be removed.
-pub fn release_reservation(note: Option<&Path>) -> io::Result<()> {
+pub fn release_reservation(note: Option<&Path>) -> io::Result<bool> {
     reservation::release(note)
 }
 

@@ -24,6 +24,7 @@ use tokio::sync::Semaphore;
 use tokio::time::{sleep, timeout};
 use tracing::subscriber::NoSubscriber;
 
+use super::attach::Method;
 use super::eligible::Ineligible;
 use super::{Packet, ends};
 use crate::accept;
@@ -112,7 +113,8 @@ struct Test<'a> {
 impl<'a> Test<'a> {
     async fn run(ground: &'a Ground) -> Result<()> {
         let metrics = Arc::new(Metrics::new()?);
-        let config = PacketConfig { bpffs: None, max_rtt: Duration::from_secs(1) };
+        let (max_rtt, attach) = (Duration::from_secs(1), Method::default());
+        let config = PacketConfig { bpffs: None, max_rtt, attach };
         // Each relay of the test has a listener of its own, which it has watched itself.
         let nowhere = SocketAddr::from(([0; 4], 0));
         let places = Arc::new(Semaphore::new(16));

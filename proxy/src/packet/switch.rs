@@ -82,6 +82,10 @@ impl Attempt<'_> {
     /// Tries to switch.
     pub async fn run(mut self) -> Outcome {
         let begun = Instant::now();
+        // None: a successor has the records.
+        let Some(_turn) = self.packet.turn() else {
+            return Outcome::Stays(Ineligible::Refused, self.moved);
+        };
         let plan = match self.plan() {
             Ok(plan) => plan,
             Err(reason) => return Outcome::Stays(reason, self.moved),
@@ -109,7 +113,7 @@ impl Attempt<'_> {
         match self.finish(slot, &halves).await {
             Ok(()) => {
                 std::mem::forget(unfinished);
-                self.packet.note_switched(begun.elapsed());
+                self.packet.note_switched(slot, begun.elapsed());
                 Outcome::Switched(slot)
             }
             Err(reason) => Outcome::Ended(reason, self.moved),
@@ -321,6 +325,7 @@ impl Attempt<'_> {
                 return Err(Ineligible::Numbers);
             }
             let half = &mut record.halves[index];
+            half.first = plan.first[index];
             half.bytes = received_now;
             half.own_next = plan.first[index].wrapping_add(received_now as u32);
             half.sent = half.own_next;

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 use aya::maps::{HashMap, MapData, MapError};
 use proxy_common::{
-    FlowRef, Half, PHASE_FREE, PHASE_LIVE, PHASE_PREPARED, PHASE_SETTLED, Record, Tuple,
+    CLIENT, FlowRef, Half, PHASE_FREE, PHASE_LIVE, PHASE_PREPARED, PHASE_SETTLED, Record, Tuple,
 };
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
@@ -133,7 +133,10 @@ impl Table {
 
     /// The connection is over: its segments are nobody's from here on. The slot can be used again
     /// after [`Self::reuse`].
-    pub fn unlink(&self, slot: Slot, guard: Option<Tuple>) {
+    ///
+    /// Whether it was findable, so not unlinked before.
+    pub fn unlink(&self, slot: Slot, guard: Option<Tuple>) -> bool {
+        let mut was_linked = false;
         let record = self.read(slot);
         self.word(slot, |record| &raw mut record.phase).store(PHASE_PREPARED, Ordering::Release);
         let mut flows = self.flows();
@@ -145,8 +148,39 @@ impl Table {
                 .is_ok_and(|flow| flow.slot == slot.index && flow.is_of(slot.generation));
             if is_ours {
                 let _ = flows.remove(&tuple);
+                was_linked = true;
             }
         }
+        was_linked
+    }
+
+    /// Removes tuples that lead to no connection: their process ended between two steps. Returns
+    /// the names that connections have only behind address translation, by slot. For the start,
+    /// when nobody else changes anything.
+    pub fn sweep_flows(&self) -> std::collections::HashMap<u32, Tuple> {
+        let mut flows = self.flows();
+        let all: Vec<(Tuple, FlowRef)> = flows.iter().filter_map(Result::ok).collect();
+        let mut guards = std::collections::HashMap::new();
+        for (tuple, flow) in all {
+            let leads_somewhere = flow.slot < self.memory.count
+                && self.phase(flow.slot) != PHASE_FREE
+                && flow.is_of(self.generation(flow.slot));
+            if !leads_somewhere {
+                let _ = flows.remove(&tuple);
+            } else if flow.tag & FlowRef::GUARD_ONLY != 0 {
+                guards.insert(flow.slot, tuple);
+            }
+        }
+        guards
+    }
+
+    /// Notes that the access log knows of the end. False if it knew already.
+    pub fn mark_told(&self, slot: Slot) -> bool {
+        let at = self.memory.at(slot.index);
+        // SAFETY: inside the mapping; only the address is taken.
+        let field = unsafe { &raw mut (*at).halves[CLIENT].told };
+        // SAFETY: aligned, alive as long as the mapping; programs leave it alone.
+        unsafe { AtomicU8::from_ptr(field) }.swap(1, Ordering::AcqRel) == 0
     }
 
     /// Gives back slots that were unlinked before the last grace period.

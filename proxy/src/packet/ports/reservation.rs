@@ -66,7 +66,7 @@ pub(super) fn reserve(note: Option<&Path>) -> io::Result<Reservation> {
 }
 
 /// See [`super::release_reservation`].
-pub(super) fn release(note: Option<&Path>) -> io::Result<()> {
+pub(super) fn release(note: Option<&Path>) -> io::Result<bool> {
     let present = reserved()?;
     let note = note.map(Note::at).transpose()?;
     let noted = note.as_ref().and_then(Note::read);
@@ -75,11 +75,13 @@ pub(super) fn release(note: Option<&Path>) -> io::Result<()> {
         None => recognised(&ephemeral()?, &present),
     };
     let rest = present.without(&ours);
-    if rest != present {
+    let is_any = rest != present;
+    if is_any {
         set_reserved(&rest)?;
     }
     // Last, so that a failure can be made up for.
-    note.map_or(Ok(()), |note| note.remove())
+    note.map_or(Ok(()), |note| note.remove())?;
+    Ok(is_any)
 }
 
 /// What is to be done about the reservation.

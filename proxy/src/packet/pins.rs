@@ -1,0 +1,146 @@
+//! Where kernel objects are kept beyond their process, and which processes use them.
+//!
+//! Only one at a time: two would both read the programs' events, end connections for each other
+//! and use slots twice. A process has the pins as long as it holds a lock (flock(2)) on their
+//! directory; the kernel ends that with the process, however it ends.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use proxy_common::LAYOUT;
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
+
+/// BPF_FS_MAGIC of linux/magic.h.
+pub const BPF_FS_MAGIC: u32 = 0xcafe_4a11;
+
+/// How long a process that ends may take to let go: it does so as soon as no switch is under way.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// The directory of this network namespace, ours until this is dropped.
+#[derive(Debug)]
+pub struct Pins {
+    directory: PathBuf,
+    _lock: File,
+}
+
+/// Why there are no pins.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// There is no bpffs to be had: one can do without.
+    #[error("{0}")]
+    Absent(String),
+    /// One cannot do beside another process.
+    #[error("another process uses {}", .0.display())]
+    Taken(PathBuf),
+}
+
+impl Pins {
+    /// Makes the directory for pins, and takes it for this process.
+    ///
+    /// # Errors
+    /// See [`Failure`].
+    pub fn open(bpffs: &Path) -> Result<Self, Failure> {
+        let directory = directory(bpffs).map_err(|error| Failure::Absent(error.to_string()))?;
+        let absent = |path: &Path, error: &dyn std::fmt::Display| {
+            Failure::Absent(format!("{}: {error}", path.display()))
+        };
+        // The nearest directory that exists tells what file system this would be on.
+        let existing = directory.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
+        let kind = rustix::fs::statfs(existing).map_err(|error| absent(existing, &error))?.f_type;
+        if kind as u32 != BPF_FS_MAGIC {
+            return Err(absent(existing, &"no bpffs"));
+        }
+        fs::create_dir_all(&directory).map_err(|error| absent(&directory, &error))?;
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match lock(&directory).map_err(|error| absent(&directory, &error))? {
+                Some(lock) => return Ok(Self { directory, _lock: lock }),
+                None if Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+                None => return Err(Failure::Taken(directory)),
+            }
+        }
+    }
+
+    /// Where pins are.
+    #[must_use]
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+}
+
+/// The part of this network namespace under `--bpffs`: one directory for each layout of the maps,
+/// and in it one for each network namespace, whose connections have nothing to do with another's.
+///
+/// # Errors
+/// The namespace cannot be told.
+pub fn directory(bpffs: &Path) -> io::Result<PathBuf> {
+    let namespace = fs::metadata("/proc/thread-self/ns/net")?.ino();
+    Ok(bpffs.join(LAYOUT).join(format!("net-{namespace}")))
+}
+
+/// Every directory of pins under `--bpffs`, also of other layouts and namespaces.
+///
+/// # Errors
+/// Directories cannot be read.
+pub fn all(bpffs: &Path) -> io::Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    for layout in children(bpffs)? {
+        found.extend(children(&layout)?);
+    }
+    Ok(found)
+}
+
+fn children(directory: &Path) -> io::Result<Vec<PathBuf>> {
+    let entries = match fs::read_dir(directory) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries?,
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            found.push(entry.path());
+        }
+    }
+    Ok(found)
+}
+
+/// Locks a directory of pins; `None` while another process has it.
+///
+/// # Errors
+/// It cannot be opened.
+pub fn lock(directory: &Path) -> io::Result<Option<File>> {
+    let file = File::open(directory)?;
+    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Err(Errno::WOULDBLOCK) => Ok(None),
+        Err(error) => Err(error.into()),
+        Ok(()) => Ok(Some(file)),
+    }
+}
+
+/// Says to [`be_alone`] that a process of this network namespace runs the engine, with
+/// pins or without, until this is dropped: a shared lock on the namespace itself.
+///
+/// # Errors
+/// /proc is not there.
+pub fn be_present() -> io::Result<File> {
+    let namespace = File::open("/proc/thread-self/ns/net")?;
+    // Waits while a clean-up is under way, which is over soon.
+    flock(&namespace, FlockOperation::LockShared)?;
+    Ok(namespace)
+}
+
+/// Makes sure that no process of this network namespace runs the engine, nor begins to until the
+/// lock is dropped. `None` if one does.
+///
+/// # Errors
+/// /proc is not there.
+pub fn be_alone() -> io::Result<Option<File>> {
+    lock(Path::new("/proc/thread-self/ns/net"))
+}
