@@ -63,7 +63,8 @@ mod tests {
         for ours in ["/a/packet_gate_in-3-17", "packet_gate_out-12-4000000000"] {
             assert!(is_pin(Path::new(ours)), "{ours}");
         }
-        for other in ["/a/packet_gate_in", "packet_gate_in-3", "packet_gate_out-x-1", "STAGES", "/"] {
+        for other in ["/a/packet_gate_in", "packet_gate_in-3", "packet_gate_out-x-1", "STAGES", "/"]
+        {
             assert!(!is_pin(Path::new(other)), "{other}");
         }
     }
