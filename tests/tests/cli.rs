@@ -55,7 +55,7 @@ fn every_mistake_is_told_at_once_and_nothing_is_bound() {
 
 #[test]
 fn engines_to_come_are_refused_with_a_clear_word() {
-    for engine in ["packet", "sockmap", "capture"] {
+    for engine in ["sockmap", "capture"] {
         let outcome = run(&["--upstream-addr=127.0.0.1:1", "--engine", engine]);
         assert_eq!(outcome.code, Some(2));
         assert!(outcome.stderr.contains(engine), "{}", outcome.stderr);
