@@ -386,7 +386,7 @@ fn programs() -> Ebpf {
         .override_global(aya_log::LEVEL, &0u8, true)
         .load(OBJECT)
         .expect("the object");
-    for name in [names::PACKET_INGRESS, names::PACKET_EGRESS] {
+    for name in [names::GATE_INGRESS, names::GATE_EGRESS] {
         classifier(&mut ebpf, name).load().expect("the verifier's leave");
     }
     ebpf
@@ -402,7 +402,7 @@ fn runs(ebpf: &mut Ebpf, name: &str) -> u64 {
 
 /// How often the ingress and the egress program ran.
 fn counts(ebpf: &mut Ebpf) -> (u64, u64) {
-    (runs(ebpf, names::PACKET_INGRESS), runs(ebpf, names::PACKET_EGRESS))
+    (runs(ebpf, names::GATE_INGRESS), runs(ebpf, names::GATE_EGRESS))
 }
 
 /// Sends packets and waits until both programs of each set have run once for each.
@@ -447,8 +447,8 @@ fn attached(name: &str) -> (String, Vec<u32>) {
 fn foreign(options: impl Fn() -> TcAttachOptions) -> Ebpf {
     let mut ebpf = programs();
     for (name, device, hook) in [
-        (names::PACKET_INGRESS, "v1", TcAttachType::Ingress),
-        (names::PACKET_EGRESS, "v0", TcAttachType::Egress),
+        (names::GATE_INGRESS, "v1", TcAttachType::Ingress),
+        (names::GATE_EGRESS, "v0", TcAttachType::Egress),
     ] {
         let program = classifier(&mut ebpf, name);
         program.attach_with_options(device, hook, options()).expect("attached");
