@@ -22,6 +22,10 @@ const CORE_PACKAGE: &str = "libstd-rust-web-dev-bpf";
 /// Programs that demo and tests run, with the package that has each.
 const TOOLS: [(&str, &str); 2] = [("ip", "iproute2"), ("curl", "curl")];
 
+/// Programs that only the suites of namespaces and kernel programs run.
+const TEST_TOOLS: [(&str, &str); 3] =
+    [("nft", "nftables"), ("ethtool", "ethtool"), ("tc", "iproute2")];
+
 /// The flags of `setup`.
 #[derive(clap::Args)]
 pub struct Flags {
@@ -31,10 +35,12 @@ pub struct Flags {
 }
 
 /// How much to set up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Scope {
     /// What the demo needs: everything that builds and runs the proxy.
     Demo,
+    /// That, and what sets up the networks that the tests are made in.
+    Networks,
     /// That, and Kubernetes's own programs.
     Tests,
 }
@@ -56,7 +62,7 @@ pub fn run(flags: &Flags) -> Result<()> {
 /// One line with everything that cannot be had.
 pub fn ensure_all(scope: Scope) -> Result<()> {
     let apt = Apt::find();
-    let mut outcomes = vec![tools(apt.as_ref()), ebpf_toolchain(apt.as_ref())];
+    let mut outcomes = vec![tools(apt.as_ref(), scope), ebpf_toolchain(apt.as_ref())];
     if scope == Scope::Tests {
         outcomes.push(kube_bins::ensure().map(|_| ()));
     }
@@ -69,12 +75,14 @@ pub fn ensure_all(scope: Scope) -> Result<()> {
     Ok(())
 }
 
-fn tools(apt: Option<&Apt>) -> Result<()> {
+fn tools(apt: Option<&Apt>, scope: Scope) -> Result<()> {
+    let more = if scope >= Scope::Networks { TEST_TOOLS.as_slice() } else { &[] };
+    let wanted = TOOLS.iter().chain(more).copied();
     let missing: Vec<(&str, &str)> =
-        TOOLS.into_iter().filter(|(program, _)| which(program).is_none()).collect();
+        wanted.filter(|(program, _)| which(program).is_none()).collect();
     let (programs, packages): (Vec<_>, Vec<_>) = missing.into_iter().unzip();
     if programs.is_empty() {
-        say("tools: ip and curl are there");
+        say("tools: all are there");
         return Ok(());
     }
     match apt {

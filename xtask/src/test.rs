@@ -82,7 +82,11 @@ pub fn run(flags: &Flags) -> Result<()> {
     let begun = Instant::now();
     let wants = |tier: Tier| flags.tier == Tier::All || flags.tier == tier;
     let mut report = Report::default();
-    let scope = if wants(Tier::Kube) { Scope::Tests } else { Scope::Demo };
+    let scope = match flags.tier {
+        Tier::All | Tier::Kube => Scope::Tests,
+        Tier::Contract | Tier::Kernel => Scope::Networks,
+        Tier::Unit => Scope::Demo,
+    };
     report.step("setup", || setup::ensure_all(scope));
     if report.has_failed() {
         // Whatever comes next would fail for the same reason, and hide it.
