@@ -19,6 +19,7 @@ use proxy_common::{
     PHASE_LIVE, PHASE_SETTLED, Record, SERVER, Tuple, flags,
 };
 
+use crate::handshake;
 use crate::headers::{self, IPV4_HEADER, IPV6_HEADER, Segment, TCP_HEADER};
 use crate::{EVENTS, FLOWS, RECORDS, SCRATCH, Scratch, count};
 
@@ -31,9 +32,6 @@ const PASSING: u16 = 0x00ff;
 /// A segment cannot lie further ahead than the receiver's window, which may have been larger a
 /// moment ago.
 const SLACK: u32 = 256 * 1024;
-
-/// Of these, an opening segment has SYN alone.
-const HANDSHAKE: u16 = flags::SYN | flags::ACK | flags::RST | flags::FIN;
 
 const TC_ACT_SHOT: i32 = aya_ebpf::bindings::TC_ACT_SHOT as i32;
 const PACKET_HOST: u32 = 0;
@@ -178,7 +176,7 @@ fn scale(window: u32, shift: u8) -> u16 {
 /// own that returns a number: what the verifier learns in it does not double the paths behind it.)
 #[inline(never)]
 fn is_farewell(segment: &Segment, record: *mut Record, side: u32) -> u8 {
-    if segment.flags & HANDSHAKE != flags::SYN || side != CLIENT as u32 {
+    if segment.flags & handshake::KIND != flags::SYN || side != CLIENT as u32 {
         return 0;
     }
     // SAFETY: as in is_live.
@@ -381,11 +379,7 @@ fn rewrite(skb: *mut __sk_buff, segment: &Segment, half: &mut Half, other: &Half
     if write_numbers(skb, segment, half, other) != 0 {
         return 1;
     }
-    if segment.family == 4 {
-        write_ipv4(skb, segment.tcp, half, other)
-    } else {
-        write_ipv6(skb, half, other)
-    }
+    if segment.family == 4 { write_ipv4(skb, segment.tcp, other) } else { write_ipv6(skb, other) }
 }
 
 /// Timestamps and selective acknowledgements in the other connection's numbers.
@@ -572,7 +566,7 @@ fn write_numbers(skb: *mut __sk_buff, segment: &Segment, half: &Half, other: &Ha
 }
 
 #[inline(never)]
-fn write_ipv4(skb: *mut __sk_buff, tcp: u32, half: &Half, other: &Half) -> u8 {
+fn write_ipv4(skb: *mut __sk_buff, tcp: u32, other: &Half) -> u8 {
     let Some(old) = headers::load::<IPV4_HEADER>(skb, 0) else {
         return 1;
     };
@@ -591,7 +585,6 @@ fn write_ipv4(skb: *mut __sk_buff, tcp: u32, half: &Half, other: &Half) -> u8 {
         &[old[12], old[13], old[14], old[15], old[16], old[17], old[18], old[19]],
         &[new[12], new[13], new[14], new[15], new[16], new[17], new[18], new[19]],
     );
-    let _ = half;
     if !store(skb, LINK, &new, 0) {
         return 1;
     }
@@ -601,7 +594,7 @@ fn write_ipv4(skb: *mut __sk_buff, tcp: u32, half: &Half, other: &Half) -> u8 {
 }
 
 #[inline(never)]
-fn write_ipv6(skb: *mut __sk_buff, half: &Half, other: &Half) -> u8 {
+fn write_ipv6(skb: *mut __sk_buff, other: &Half) -> u8 {
     let Some(old) = headers::load::<8>(skb, 0) else {
         return 1;
     };
@@ -621,7 +614,6 @@ fn write_ipv6(skb: *mut __sk_buff, half: &Half, other: &Half) -> u8 {
     let Some(before) = headers::load::<32>(skb, 8) else {
         return 1;
     };
-    let _ = half;
     let mut after = [0u8; 32];
     after[..16].copy_from_slice(&other.local.address);
     after[16..].copy_from_slice(&other.remote.address);

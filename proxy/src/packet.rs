@@ -528,8 +528,8 @@ impl Packet {
         let mut machinery = lock(&self.machinery);
         let Machinery { ebpf, paths, .. } = &mut *machinery;
         match paths.refresh(ebpf) {
-            Ok(changes) => {
-                self.metrics.packet_reattached.inc_by(changes.lost as u64);
+            Ok(lost) => {
+                self.metrics.packet_reattached.inc_by(lost as u64);
             }
             Err(error) => return tracing::warn!(%error, "devices cannot be listed"),
         }
@@ -573,8 +573,7 @@ pub struct Handle(pub Arc<Packet>, pub tokio::runtime::Handle);
 
 impl Connections for Handle {
     fn list(&self) -> Vec<Row> {
-        let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
-        let now_ns = now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64;
+        let now_ns = tcp::monotonic_ns();
         let slots = self.0.table.in_use().into_iter();
         let rows = slots.filter_map(|slot| {
             let record = self.0.table.read(slot)?;

@@ -18,7 +18,7 @@ use tokio::time::{Instant, interval, sleep_until};
 use super::inject::TooBig;
 use super::object::next_event;
 use super::table::Slot;
-use super::{News, Packet};
+use super::{News, Packet, tcp};
 use crate::relay::{Reason, Side};
 
 /// How long the tuples of a closed connection stay ours after its last segment: a lost last
@@ -237,10 +237,8 @@ fn sweep(packet: &Arc<Packet>, closing: &mut HashMap<u32, Closing>) {
 
 /// Time since the last segment of either end.
 fn silence(record: &Record) -> Duration {
-    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
-    let now = now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64;
     let seen = record.halves.iter().map(|half| half.seen_ns).max().unwrap_or(0);
-    Duration::from_nanos(now.saturating_sub(seen))
+    Duration::from_nanos(tcp::monotonic_ns().saturating_sub(seen))
 }
 
 /// Resets what has been silent for too long.

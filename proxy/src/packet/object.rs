@@ -15,7 +15,7 @@ use super::table::Table;
 use super::tcp;
 
 /// The programs, as proxy/build.rs made them.
-static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/steward-ebpf"));
+pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/steward-ebpf"));
 
 /// Maps that a later process takes over.
 const SHARED: [&str; 9] = [

@@ -21,15 +21,6 @@ pub struct Paths {
     has_ipsec: bool,
 }
 
-/// What a look at devices and routes brought.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub struct Changes {
-    /// Devices that got the programs, for the first time or again.
-    pub attached: usize,
-    /// Devices that had lost them.
-    pub lost: usize,
-}
-
 impl Paths {
     /// Attaches to every device that is fit, and removes what earlier processes left there.
     ///
@@ -65,16 +56,16 @@ impl Paths {
             .collect())
     }
 
-    /// Looks again, after something changed.
+    /// Looks again, after something changed. How many devices had lost the programs.
     ///
     /// # Errors
     /// The kernel does not tell about devices.
-    pub fn refresh(&mut self, ebpf: &mut Ebpf) -> io::Result<Changes> {
+    pub fn refresh(&mut self, ebpf: &mut Ebpf) -> io::Result<usize> {
         self.hops.clear();
         self.has_ipsec = routes::has_ipsec_policies()?;
         let wanted = self.wanted()?;
         let lost = self.attachments.missing();
-        let mut changes = Changes { lost: 0, attached: 0 };
+        let mut count = 0;
         let there: HashSet<u32> = wanted.iter().map(|device| device.index).collect();
         for index in self.attachments.indices().collect::<Vec<_>>() {
             if !there.contains(&index) {
@@ -84,18 +75,15 @@ impl Paths {
         let had: HashSet<u32> = self.attachments.indices().collect();
         for device in wanted {
             let is_lost = lost.contains(&device.index);
-            changes.lost += usize::from(is_lost);
-            if is_lost || !had.contains(&device.index) {
-                match self.attachments.attach(ebpf, &device) {
-                    Ok(()) => changes.attached += 1,
-                    Err(error) => {
-                        tracing::info!(device = device.name, %error, "device without kernel relay");
-                    }
-                }
+            count += usize::from(is_lost);
+            if (is_lost || !had.contains(&device.index))
+                && let Err(error) = self.attachments.attach(ebpf, &device)
+            {
+                tracing::info!(device = device.name, %error, "device without kernel relay");
             }
         }
         self.fit = self.attachments.indices().collect();
-        Ok(changes)
+        Ok(count)
     }
 
     /// Whether segments of the device pass the programs.

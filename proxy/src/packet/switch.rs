@@ -23,7 +23,7 @@ use proxy_common::{CLIENT, Half, MARK_RESET, Record, SEEN_ALL, SERVER, Seen, WAT
 use tokio::time::sleep;
 
 use super::eligible::{Ineligible, Leg, judge};
-use super::table::Slot;
+use super::table::{Slot, Unprepared};
 use super::{Packet, conntrack, tcp};
 use crate::relay::copy::{self, Fault, Step};
 use crate::relay::{Counters, Moved, Reason, Side, fault, last_words};
@@ -166,7 +166,7 @@ impl Attempt<'_> {
             client_seen.server.sequence.wrapping_sub(server_seen.server.sequence);
         for (half, socket) in halves.iter_mut().zip([&self.client.0, &self.server.0]) {
             let clock = tcp::timestamp(socket).map_err(refused)?;
-            half.ts_clock = clock.wrapping_sub(tcp::monotonic_ms());
+            half.ts_clock = clock.wrapping_sub((tcp::monotonic_ns() / 1_000_000) as u32);
         }
         let guard = (client_local != client.local).then(|| proxy_common::Tuple {
             source: client.peer.into(),
@@ -208,13 +208,15 @@ impl Attempt<'_> {
         Ok(unread + unacknowledged)
     }
 
-    fn is_quiet(&self) -> Result<bool, End> {
-        Ok(self.held(Side::Client)? <= FLIGHT && self.held(Side::Server)? <= FLIGHT)
+    /// The same of both directions, and whether either is little enough.
+    fn held_by_us(&self) -> Result<((u32, u32), bool), End> {
+        let (up, down) = (self.held(Side::Client)?, self.held(Side::Server)?);
+        Ok(((up, down), up <= FLIGHT && down <= FLIGHT))
     }
 
     /// Relays with small windows until little enough is in our hands.
     async fn quieten(&mut self) -> Result<(), End> {
-        if self.is_quiet()? {
+        if self.held_by_us()?.1 {
             return Ok(());
         }
         let begun = Instant::now();
@@ -232,10 +234,10 @@ impl Attempt<'_> {
                     }
                 }
             }
-            if self.is_quiet()? {
+            let ((up, down), is_quiet) = self.held_by_us()?;
+            if is_quiet {
                 return Ok(());
             }
-            let (up, down) = (self.held(Side::Client)?, self.held(Side::Server)?);
             let held = u64::from(up) + u64::from(down);
             if held < least {
                 (least, shrank) = (held, Instant::now());
@@ -336,8 +338,14 @@ impl Attempt<'_> {
             other.acked = end.wrapping_sub(unread).wrapping_sub(unacknowledged);
             other.duty = u8::from(unread + unacknowledged > 0);
         }
-        let slot = self.packet.table().prepare(record, plan.guard);
-        let slot = slot.map_err(|_| Ineligible::Refused)?.ok_or(Ineligible::Full)?;
+        let slot = match self.packet.table().prepare(record, plan.guard) {
+            Ok(slot) => slot,
+            Err(Unprepared::Full) => return Err(Ineligible::Full),
+            Err(Unprepared::Refused(slot)) => {
+                self.packet.release(slot);
+                return Err(Ineligible::Refused);
+            }
+        };
         self.packet.note_guard(slot, plan.guard);
         Ok((slot, record.halves))
     }
@@ -451,9 +459,9 @@ impl Attempt<'_> {
     /// Tells the program up to where our sockets are responsible.
     fn announce(&self, slot: Slot, index: usize, next: u32, add: u32, has_more: bool) {
         let table = self.packet.table();
-        table.set(slot, |record| &raw mut record.halves[index].own_next, next);
+        table.set_own_next(slot, index, next);
         let end = next.wrapping_add(add);
-        table.set(slot, |record| &raw mut record.halves[index ^ 1].own_end, end);
+        table.set_own_end(slot, index ^ 1, end);
         if has_more {
             table.set_duty(slot, index ^ 1, true);
         }

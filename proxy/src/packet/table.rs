@@ -38,6 +38,16 @@ pub struct Slot {
     pub generation: u32,
 }
 
+/// Why there is no record.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unprepared {
+    /// No slot is free.
+    Full,
+    /// A tuple is taken, or the kernel is out of memory. The slot is not findable any more, and
+    /// free again after a grace period and [`Table::reuse`].
+    Refused(Slot),
+}
+
 impl std::fmt::Display for Slot {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}-{}", self.index, self.generation)
@@ -82,15 +92,13 @@ impl Table {
         slots.map(|index| Slot { index, generation: self.generation(index) }).collect()
     }
 
-    /// Writes a record and makes it findable under `tuples` (client's, server's, and the client's
-    /// behind address translation); segments still go to the sockets. `None` without room.
+    /// Writes a record and makes it findable under the tuples of both ends and, if there is one,
+    /// the client's behind address translation; segments still go to the sockets.
     ///
     /// # Errors
-    /// A tuple is taken, or the kernel is out of memory; nothing is left behind then.
-    pub fn prepare(&self, record: Record, guard: Option<Tuple>) -> Result<Option<Slot>, MapError> {
-        let Some(index) = self.free().pop() else {
-            return Ok(None);
-        };
+    /// See [`Unprepared`].
+    pub fn prepare(&self, record: Record, guard: Option<Tuple>) -> Result<Slot, Unprepared> {
+        let index = self.free().pop().ok_or(Unprepared::Full)?;
         let generation = self.generation(index).wrapping_add(1);
         let slot = Slot { index, generation };
         let at = self.memory.at(index);
@@ -98,10 +106,10 @@ impl Table {
         // other thread has it, since it was taken out of the list.
         unsafe { at.write(Record { phase: PHASE_PREPARED, generation, ..record }) };
         match self.insert(slot, &record, guard) {
-            Ok(()) => Ok(Some(slot)),
-            Err(error) => {
+            Ok(()) => Ok(slot),
+            Err(_) => {
                 self.unlink(slot, guard);
-                Err(error)
+                Err(Unprepared::Refused(slot))
             }
         }
     }
@@ -123,12 +131,12 @@ impl Table {
 
     /// Rewriting begins: both directions at once.
     pub fn go_live(&self, slot: Slot) {
-        self.word(slot, |record| &raw mut record.phase).store(PHASE_LIVE, Ordering::Release);
+        self.set_phase(slot, PHASE_LIVE);
     }
 
     /// The sockets are gone; from here on the connection outlives this process.
     pub fn settle(&self, slot: Slot) {
-        self.word(slot, |record| &raw mut record.phase).store(PHASE_SETTLED, Ordering::Release);
+        self.set_phase(slot, PHASE_SETTLED);
     }
 
     /// The connection is over: its segments are nobody's from here on. The slot can be used again
@@ -138,7 +146,7 @@ impl Table {
     pub fn unlink(&self, slot: Slot, guard: Option<Tuple>) -> bool {
         let mut was_linked = false;
         let record = self.read(slot);
-        self.word(slot, |record| &raw mut record.phase).store(PHASE_PREPARED, Ordering::Release);
+        self.set_phase(slot, PHASE_PREPARED);
         let mut flows = self.flows();
         let tuples = record.iter().flat_map(|record| record.halves.iter().map(tuple));
         for tuple in tuples.chain(guard) {
@@ -176,17 +184,15 @@ impl Table {
 
     /// Notes that the access log knows of the end. False if it knew already.
     pub fn mark_told(&self, slot: Slot) -> bool {
-        let at = self.memory.at(slot.index);
-        // SAFETY: inside the mapping; only the address is taken.
-        let field = unsafe { &raw mut (*at).halves[CLIENT].told };
-        // SAFETY: aligned, alive as long as the mapping; programs leave it alone.
-        unsafe { AtomicU8::from_ptr(field) }.swap(1, Ordering::AcqRel) == 0
+        let half = self.half(slot, CLIENT);
+        // SAFETY: see `half`.
+        unsafe { AtomicU8::from_ptr(&raw mut (*half).told) }.swap(1, Ordering::AcqRel) == 0
     }
 
     /// Gives back slots that were unlinked before the last grace period.
     pub fn reuse(&self, slots: impl IntoIterator<Item = Slot>) {
         for slot in slots {
-            self.word(slot, |record| &raw mut record.phase).store(PHASE_FREE, Ordering::Release);
+            self.set_phase(slot, PHASE_FREE);
             self.free().push(slot.index);
         }
     }
@@ -200,53 +206,63 @@ impl Table {
         (record.generation == slot.generation && record.phase != PHASE_FREE).then_some(record)
     }
 
-    /// Changes one of the loader's words of a record.
-    pub fn set(&self, slot: Slot, field: impl FnOnce(&mut Record) -> *mut u32, value: u32) {
-        self.word(slot, field).store(value, Ordering::Release);
+    /// Our socket has taken all before this number from the end.
+    pub fn set_own_next(&self, slot: Slot, side: usize, number: u32) {
+        let half = self.half(slot, side);
+        // SAFETY: see `half`.
+        unsafe { AtomicU32::from_ptr(&raw mut (*half).own_next) }.store(number, Ordering::Release);
+    }
+
+    /// Our socket sends nothing to the end from this number on.
+    pub fn set_own_end(&self, slot: Slot, side: usize, number: u32) {
+        let half = self.half(slot, side);
+        // SAFETY: see `half`.
+        unsafe { AtomicU32::from_ptr(&raw mut (*half).own_end) }.store(number, Ordering::Release);
     }
 
     /// Segments to this end leave by another device from here on.
     pub fn set_way(&self, slot: Slot, side: usize, ifindex: u32, mtu: u16) {
-        self.set(slot, |record| &raw mut record.halves[side].out_ifindex, ifindex);
-        let at = self.memory.at(slot.index);
-        // SAFETY: inside the mapping; only the address is taken.
-        let field = unsafe { &raw mut (*at).halves[side].mtu };
-        // SAFETY: as in `set_duty`.
-        unsafe { AtomicU16::from_ptr(field) }.store(mtu, Ordering::Release);
+        let half = self.half(slot, side);
+        // SAFETY: see `half`.
+        unsafe {
+            AtomicU32::from_ptr(&raw mut (*half).out_ifindex).store(ifindex, Ordering::Release);
+            AtomicU16::from_ptr(&raw mut (*half).mtu).store(mtu, Ordering::Release);
+        }
     }
 
     /// Notes a FIN that reached our socket rather than the program, and the `bytes` before it.
     pub fn mark_fin(&self, slot: Slot, side: usize, number: u32, bytes: u64) {
-        self.set(slot, |record| &raw mut record.halves[side].fin, number);
-        self.set(slot, |record| &raw mut record.halves[side].sent, number);
-        let at = self.memory.at(slot.index);
-        // SAFETY: inside the mapping; only the addresses are taken.
-        let (count, field) = unsafe {
-            let half = &raw mut (*at).halves[side];
-            (&raw mut (*half).bytes, &raw mut (*half).early_fin)
-        };
-        // The program counted by sequence numbers, and this one stands for no byte.
-        // SAFETY: aligned, inside the mapping.
-        unsafe { AtomicU64::from_ptr(count) }.store(bytes, Ordering::Release);
-        // SAFETY: as in `set_duty`.
-        unsafe { AtomicU8::from_ptr(field) }.store(1, Ordering::Release);
+        let half = self.half(slot, side);
+        // SAFETY: see `half`.
+        unsafe {
+            AtomicU32::from_ptr(&raw mut (*half).fin).store(number, Ordering::Release);
+            AtomicU32::from_ptr(&raw mut (*half).sent).store(number, Ordering::Release);
+            // The program counted by sequence numbers, and this one stands for no byte.
+            AtomicU64::from_ptr(&raw mut (*half).bytes).store(bytes, Ordering::Release);
+            AtomicU8::from_ptr(&raw mut (*half).early_fin).store(1, Ordering::Release);
+        }
     }
 
     /// Sets or clears a duty.
     pub fn set_duty(&self, slot: Slot, side: usize, duty: bool) {
-        let at = self.memory.at(slot.index);
-        // SAFETY: inside the mapping; only the address is taken.
-        let field = unsafe { &raw mut (*at).halves[side].duty };
-        // SAFETY: aligned, alive as long as the mapping; programs only read it.
-        unsafe { AtomicU8::from_ptr(field) }.store(duty.into(), Ordering::Release);
+        let half = self.half(slot, side);
+        // SAFETY: see `half`.
+        unsafe { AtomicU8::from_ptr(&raw mut (*half).duty) }.store(duty.into(), Ordering::Release);
     }
 
-    fn word(&self, slot: Slot, field: impl FnOnce(&mut Record) -> *mut u32) -> &AtomicU32 {
+    fn set_phase(&self, slot: Slot, phase: u32) {
         let at = self.memory.at(slot.index);
-        // SAFETY: inside the mapping; `field` only takes an address.
-        let field = field(unsafe { &mut *at });
-        // SAFETY: aligned, inside the mapping, which lives as long as `self`.
-        unsafe { AtomicU32::from_ptr(field) }
+        // SAFETY: inside the mapping, which lives as long as `self`, and aligned.
+        unsafe { AtomicU32::from_ptr(&raw mut (*at).phase) }.store(phase, Ordering::Release);
+    }
+
+    /// One half of a record: inside the mapping, which lives as long as `self`, with every field
+    /// aligned. Programs read and write it meanwhile, so never a reference to it or its fields but
+    /// through atomics.
+    fn half(&self, slot: Slot, side: usize) -> *mut Half {
+        let at = self.memory.at(slot.index);
+        // SAFETY: inside the mapping; only the address is taken.
+        unsafe { &raw mut (*at).halves[side] }
     }
 
     fn phase(&self, index: u32) -> u32 {

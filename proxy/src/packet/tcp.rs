@@ -26,10 +26,10 @@ pub fn timestamp(fd: impl AsFd) -> io::Result<u32> {
     get(fd.as_fd(), libc::TCP_TIMESTAMP)
 }
 
-/// Milliseconds of the clock that timestamps and kernel programs go by.
-pub fn monotonic_ms() -> u32 {
+/// The clock that timestamps and kernel programs go by, in nanoseconds.
+pub fn monotonic_ns() -> u64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
-    (now.tv_sec as u64 * 1000 + now.tv_nsec as u64 / 1_000_000) as u32
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }
 
 /// Bounds the window that the socket announces from now on, in bytes. What was announced before

@@ -20,10 +20,8 @@ use proxy_common::{
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::{loopback, show};
+use crate::packet::object::OBJECT;
 use crate::packet::selftest::{self, Verdict};
-
-/// The kernel programs, as proxy/build.rs made them.
-static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/steward-ebpf"));
 
 /// The whole trial takes about a second; after this long it is given up.
 const PATIENCE: Duration = Duration::from_secs(40);
