@@ -11,7 +11,7 @@ use crate::handshake::Endpoint;
 
 /// Part of the directory's name under bpffs. Raised whenever a type in a pinned map changes: old
 /// and new programs then live side by side, each with its own maps.
-pub const LAYOUT: &str = "v1";
+pub const LAYOUT: &str = "v2";
 
 /// [`Record::phase`]: nobody's.
 pub const PHASE_FREE: u32 = 0;
@@ -136,14 +136,33 @@ pub struct Half {
     pub early_fin: u8,
     /// In its space: the first byte of its stream. (Loader.)
     pub first: u32,
-    /// Its segments that were dropped: they could not be parsed or were too large. (Program.)
-    pub dropped: u32,
+    /// What rewriting its addresses adds to the sum of a packet: see [`Half::address_change`].
+    /// (Loader.)
+    pub pseudo: u32,
     /// When its last segment came: nanoseconds of CLOCK_MONOTONIC. (Program.)
     pub seen_ns: u64,
     /// Bytes of its stream since the beginning, each counted once. (Loader, then program.)
     pub bytes: u64,
     /// Packets that came from it since the switch. (Program.)
     pub packets: u64,
+}
+
+impl Half {
+    /// By how much the sum over a segment of this end changes when its addresses become those
+    /// towards `other`: a sum of words in the machine's own order (RFC 1071), carries added once.
+    #[must_use]
+    pub fn address_change(&self, other: &Self) -> u32 {
+        let sum = |end: &Endpoint, invert: u16| {
+            let words = end.address.chunks_exact(2);
+            words.map(|two| u64::from(u16::from_ne_bytes([two[0], two[1]]) ^ invert)).sum::<u64>()
+        };
+        let total = sum(&self.remote, u16::MAX)
+            + sum(&self.local, u16::MAX)
+            + sum(&other.local, 0)
+            + sum(&other.remote, 0);
+        // Below 2^32 by far: 32 words of 16 bits.
+        total as u32
+    }
 }
 
 /// One switched connection.

@@ -10,8 +10,8 @@
 use aya_ebpf::bindings::TC_ACT_UNSPEC;
 use aya_ebpf::bindings::{__sk_buff, BPF_F_INGRESS, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM};
 use aya_ebpf::helpers::{
-    bpf_clone_redirect, bpf_csum_diff, bpf_ktime_get_ns, bpf_l3_csum_replace, bpf_l4_csum_replace,
-    bpf_redirect_neigh, bpf_skb_change_tail, bpf_skb_store_bytes,
+    bpf_clone_redirect, bpf_csum_diff, bpf_csum_update, bpf_ktime_get_ns, bpf_l3_csum_replace,
+    bpf_l4_csum_replace, bpf_redirect_neigh, bpf_skb_change_tail, bpf_skb_store_bytes,
 };
 use proxy_common::{
     CLIENT, Counter, EVENT_CLOSED, EVENT_LEFT, EVENT_RESET, EVENT_TOO_BIG, Event, FlowRef,
@@ -35,6 +35,16 @@ const SLACK: u32 = 256 * 1024;
 
 const TC_ACT_SHOT: i32 = aya_ebpf::bindings::TC_ACT_SHOT as i32;
 const PACKET_HOST: u32 = 0;
+/// Bytes of options where there are only timestamps, after two that mean nothing: what every stack
+/// sends that is known (RFC 7323, appendix A).
+const TIMESTAMPS_ALONE: u32 = 12;
+/// The first four of them.
+const BEFORE_TIMESTAMPS: u32 = u32::from_ne_bytes([1, 1, OPTION_TIMESTAMPS, 10]);
+/// Not 0 for done nor 1 for failed.
+const UNUSUAL: u8 = 2;
+/// The IP headers, in words of four bytes.
+const IPV4_WORDS: usize = IPV4_HEADER / 4;
+const IPV6_WORDS: usize = IPV6_HEADER / 4;
 const OPTION_NOP: u8 = 1;
 const OPTION_SACK: u8 = 5;
 const OPTION_TIMESTAMPS: u8 = 8;
@@ -106,7 +116,6 @@ pub fn forward(skb: *mut __sk_buff, segment: &Segment, slot: u32, tag: u32) -> i
         tell(record, flow, news, side, (0, 0));
     }
     if rewrite(skb, segment, half, other) != 0 {
-        half.dropped = half.dropped.wrapping_add(1);
         count(Counter::Unfit);
         return TC_ACT_SHOT;
     }
@@ -354,32 +363,54 @@ pub fn tell(
 /// was possible.
 #[inline(never)]
 fn rewrite(skb: *mut __sk_buff, segment: &Segment, half: &mut Half, other: &Half) -> u8 {
+    let is_four = segment.family == 4;
+    if is_four && segment.tcp != IPV4_HEADER as u32 {
+        // Options that the sender addressed to this hop, not to the next.
+        return 1;
+    }
+    if segment.options == TIMESTAMPS_ALONE {
+        let outcome = if is_four {
+            write_headers::<IPV4_WORDS, 13>(skb, segment, half, other)
+        } else {
+            write_headers::<IPV6_WORDS, 18>(skb, segment, half, other)
+        };
+        if outcome != UNUSUAL {
+            return outcome;
+        }
+    }
+    if segment.options > 0 && rewrite_options(skb, segment, half, other) != 0 {
+        return 1;
+    }
+    if is_four {
+        write_headers::<IPV4_WORDS, 10>(skb, segment, half, other)
+    } else {
+        write_headers::<IPV6_WORDS, 15>(skb, segment, half, other)
+    }
+}
+
+/// Options in any order. Hardly any segment that is not one of a handshake has others than
+/// timestamps alone; those with selective acknowledgements come here.
+#[inline(never)]
+fn rewrite_options(skb: *mut __sk_buff, segment: &Segment, half: &mut Half, other: &Half) -> u8 {
     let Some(scratch) = SCRATCH.get_ptr_mut(u32::from(HOOK_INGRESS)) else {
         return 1;
     };
     // SAFETY: the value is this CPU's own, one for each hook, and a hook does not interrupt itself.
     let scratch = unsafe { &mut *scratch };
-    if segment.options > 0 {
-        scratch.old = [0; size_of::<OptionsBuffer>()];
-        let first = segment.tcp + TCP_HEADER as u32;
+    scratch.old = [0; size_of::<OptionsBuffer>()];
+    let first = segment.tcp + TCP_HEADER as u32;
+    if !headers::load_options(skb, first, segment.options, &mut scratch.old) {
+        headers::gather(skb);
         if !headers::load_options(skb, first, segment.options, &mut scratch.old) {
-            headers::gather(skb);
-            if !headers::load_options(skb, first, segment.options, &mut scratch.old) {
-                return 1;
-            }
-        }
-        scratch.new = scratch.old;
-        scratch.length = segment.options;
-        if translate_options(scratch, half, other) != 0
-            || write_options(skb, segment.tcp, scratch) != 0
-        {
             return 1;
         }
     }
-    if write_numbers(skb, segment, half, other) != 0 {
+    scratch.new = scratch.old;
+    scratch.length = segment.options;
+    if translate_options(scratch, half, other) != 0 {
         return 1;
     }
-    if segment.family == 4 { write_ipv4(skb, segment.tcp, other) } else { write_ipv6(skb, other) }
+    write_options(skb, segment.tcp, scratch)
 }
 
 /// Timestamps and selective acknowledgements in the other connection's numbers.
@@ -453,8 +484,14 @@ fn find_options(scratch: &mut Scratch) -> u8 {
 
 #[inline(never)]
 fn translate_timestamps(scratch: &mut Scratch, half: &mut Half, other: &Half, at: u32) {
-    let value = word(&scratch.old, at);
-    let echo = word(&scratch.old, at + 4);
+    let (value, echo) = timestamps(half, other, word(&scratch.old, at), word(&scratch.old, at + 4));
+    put(&mut scratch.new, at, value);
+    put(&mut scratch.new, at + 4, echo);
+}
+
+/// Value and echo as the other end must see them.
+#[inline(always)]
+fn timestamps(half: &mut Half, other: &Half, value: u32, echo: u32) -> (u32, u32) {
     if half.ts_fixed == 0 {
         // From here on its clock continues ours, as the other end knows it. Two CPUs that get here
         // at once differ by a tick, which is allowed (RFC 7323 leaves one; so does Linux).
@@ -463,10 +500,9 @@ fn translate_timestamps(scratch: &mut Scratch, half: &mut Half, other: &Half, at
         half.ts_add = (now as u32).wrapping_add(other.ts_clock).wrapping_sub(value);
         half.ts_fixed = 1;
     }
-    put(&mut scratch.new, at, value.wrapping_add(half.ts_add));
     // Before the other end's clock is known there is nothing to echo; zero is no time for anybody.
     let echoed = if other.ts_fixed == 0 || echo == 0 { 0 } else { echo.wrapping_sub(other.ts_add) };
-    put(&mut scratch.new, at + 4, echoed);
+    (value.wrapping_add(half.ts_add), echoed)
 }
 
 #[inline(never)]
@@ -536,12 +572,69 @@ fn write_options(skb: *mut __sk_buff, tcp: u32, scratch: &mut Scratch) -> u8 {
     adjust(skb, tcp, difference, 0)
 }
 
-/// Ports, sequence and acknowledgement, flags, window.
+/// The IP header of `IP` words and the TCP header behind it, with the timestamps option if `ALL`
+/// has the three words of it: all read at once and stored at once, because each call of the kernel
+/// costs about as much as the rest of this.
+///
+/// [`UNUSUAL`], and nothing changed, if there should be timestamps and are not.
 #[inline(never)]
-fn write_numbers(skb: *mut __sk_buff, segment: &Segment, half: &Half, other: &Half) -> u8 {
-    let Some(old) = headers::load::<16>(skb, segment.tcp) else {
-        return 1;
+fn write_headers<const IP: usize, const ALL: usize>(
+    skb: *mut __sk_buff,
+    segment: &Segment,
+    half: &mut Half,
+    other: &Half,
+) -> u8 {
+    let mut words = [0u32; ALL];
+    if !headers::load_words(skb, 0, &mut words) {
+        return if ALL > IP + 5 { UNUSUAL } else { 1 };
+    }
+    // Of TCP's own header; its checksum itself is left to the kernel, which knows whether a device
+    // is still to make it.
+    let before = sum_of::<IP, ALL>(&words, u32::MAX);
+    if ALL > IP + 5 {
+        if words[IP + 5] != BEFORE_TIMESTAMPS {
+            return UNUSUAL;
+        }
+        let (value, echo) = (u32::from_be(words[IP + 6]), u32::from_be(words[IP + 7]));
+        let (value, echo) = timestamps(half, other, value, echo);
+        words[IP + 6] = value.to_be();
+        words[IP + 7] = echo.to_be();
+    }
+    let (acknowledgement, window) = answer(segment, half, other);
+    let ports = u32::from(other.local.port) << 16 | u32::from(other.remote.port);
+    words[IP] = ports.to_be();
+    words[IP + 1] = segment.sequence.wrapping_add(half.seq_add).to_be();
+    words[IP + 2] = acknowledgement.to_be();
+    let offset = (segment.options as u16 / 4 + 5) << 12;
+    let flags = offset | segment.flags & PASSING;
+    words[IP + 3] = (u32::from(flags) << 16 | u32::from(window)).to_be();
+    let difference = fold32(before + sum_of::<IP, ALL>(&words, 0));
+    let outside = if IP == IPV4_WORDS {
+        write_ipv4(&mut words, half, other);
+        // This header's own checksum makes up for what changes in it.
+        0
+    } else {
+        write_ipv6(&mut words, half, other)
     };
+    if !store_words(skb, LINK, &words) {
+        return 1;
+    }
+    let tcp = IP as u32 * 4;
+    if outside != 0 {
+        // This header has no checksum of its own, so a device's sum over the packet must be told.
+        // Fails where there is none, which is as well.
+        // SAFETY: no preconditions.
+        let _ = unsafe { bpf_csum_update(skb, outside) };
+    }
+    if adjust(skb, tcp, i64::from(difference), 0) != 0 {
+        return 1;
+    }
+    adjust(skb, tcp, i64::from(half.pseudo), BPF_F_PSEUDO_HDR.into())
+}
+
+/// What the segment acknowledges and announces, in the other connection's numbers and scale.
+#[inline(always)]
+fn answer(segment: &Segment, half: &Half, other: &Half) -> (u32, u16) {
     let mut acknowledgement = segment.acknowledgement;
     let mut window = u32::from(segment.window) << (half.shift & 15);
     if half.duty != 0 && is_before(acknowledgement, half.own_end) {
@@ -549,79 +642,68 @@ fn write_numbers(skb: *mut __sk_buff, segment: &Segment, half: &Half, other: &Ha
         window = window.saturating_sub(half.own_end.wrapping_sub(acknowledgement));
         acknowledgement = half.own_end;
     }
-    let window = scale(window, other.our_shift);
-    let mut new = [0u8; 16];
-    new[0..2].copy_from_slice(&other.local.port.to_be_bytes());
-    new[2..4].copy_from_slice(&other.remote.port.to_be_bytes());
-    new[4..8].copy_from_slice(&segment.sequence.wrapping_add(half.seq_add).to_be_bytes());
-    new[8..12].copy_from_slice(&acknowledgement.wrapping_sub(other.seq_add).to_be_bytes());
-    let offset = (segment.options as u16 / 4 + 5) << 12;
-    new[12..14].copy_from_slice(&(offset | segment.flags & PASSING).to_be_bytes());
-    new[14..16].copy_from_slice(&window.to_be_bytes());
-    let difference = difference(&old, &new);
-    if !store(skb, LINK + segment.tcp, &new, 0) {
-        return 1;
-    }
-    adjust(skb, segment.tcp, difference, 0)
+    (acknowledgement.wrapping_sub(other.seq_add), scale(window, other.our_shift))
 }
 
-#[inline(never)]
-fn write_ipv4(skb: *mut __sk_buff, tcp: u32, other: &Half) -> u8 {
-    let Some(old) = headers::load::<IPV4_HEADER>(skb, 0) else {
-        return 1;
-    };
-    if tcp != IPV4_HEADER as u32 {
-        // Options that the sender addressed to this hop, not to the next.
-        return 1;
+/// The sum of the words from the TCP header on; with `invert` it is what they take from a sum.
+#[inline(always)]
+fn sum_of<const IP: usize, const ALL: usize>(words: &[u32; ALL], invert: u32) -> u64 {
+    let (mut sum, mut at) = (0, IP);
+    while at < ALL {
+        sum += u64::from(words[at] ^ invert);
+        at += 1;
     }
-    let mut new = old;
+    sum
+}
+
+#[inline(always)]
+fn write_ipv4<const ALL: usize>(words: &mut [u32; ALL], half: &Half, other: &Half) {
+    let [version, class, high, low] = words[0].to_ne_bytes();
+    let [hops, protocol, a, b] = words[2].to_ne_bytes();
+    let mut sum = u64::from(!words[0])
+        + u64::from(!u16::from_ne_bytes([hops, protocol]))
+        + u64::from(!u16::from_ne_bytes([a, b]))
+        + u64::from(half.pseudo);
+    let hops = hops.wrapping_sub(1);
     // The sender's DSCP means nothing on the other connection; its ECN bits do.
-    new[1] &= 3;
-    new[8] = old[8].wrapping_sub(1);
-    new[12..16].copy_from_slice(&other.local.address[12..16]);
-    new[16..20].copy_from_slice(&other.remote.address[12..16]);
-    let whole = difference(&old, &new);
-    let pseudo = difference::<8>(
-        &[old[12], old[13], old[14], old[15], old[16], old[17], old[18], old[19]],
-        &[new[12], new[13], new[14], new[15], new[16], new[17], new[18], new[19]],
-    );
-    if !store(skb, LINK, &new, 0) {
-        return 1;
-    }
-    // SAFETY: no preconditions.
-    let status = unsafe { bpf_l3_csum_replace(skb, LINK + 10, 0, whole as u64, 0) };
-    if status != 0 { 1 } else { adjust(skb, tcp, pseudo, BPF_F_PSEUDO_HDR.into()) }
+    words[0] = u32::from_ne_bytes([version, class & 3, high, low]);
+    sum += u64::from(words[0]) + u64::from(u16::from_ne_bytes([hops, protocol]));
+    let [a, b] = fold(fold32(sum)).to_ne_bytes();
+    words[2] = u32::from_ne_bytes([hops, protocol, a, b]);
+    words[3] = word_of(&other.local.address, 3);
+    words[4] = word_of(&other.remote.address, 3);
 }
 
-#[inline(never)]
-fn write_ipv6(skb: *mut __sk_buff, other: &Half) -> u8 {
-    let Some(old) = headers::load::<8>(skb, 0) else {
-        return 1;
-    };
-    let mut new = old;
+/// Returns by how much the sum over this header changes.
+#[inline(always)]
+fn write_ipv6<const ALL: usize>(words: &mut [u32; ALL], half: &Half, other: &Half) -> u32 {
+    let mut sum = u64::from(!words[0]) + u64::from(!words[1]) + u64::from(half.pseudo);
+    let [_, class, _, _] = words[0].to_ne_bytes();
     // Traffic class: ECN alone, as above. The flow label was the sender's for its own connection.
-    new[0] = 0x60;
-    new[1] = old[1] & 0x30;
-    new[2] = 0;
-    new[3] = 0;
-    new[7] = old[7].wrapping_sub(1);
-    // This header has no checksum of its own, so a device's sum over the packet must be told of
-    // each change here; the pseudo-header's part below takes the addresses back out of it.
-    if !store(skb, LINK, &new, BPF_F_RECOMPUTE_CSUM.into()) {
-        return 1;
+    words[0] = u32::from_ne_bytes([0x60, class & 0x30, 0, 0]);
+    let [high, low, next, hops] = words[1].to_ne_bytes();
+    words[1] = u32::from_ne_bytes([high, low, next, hops.wrapping_sub(1)]);
+    sum += u64::from(words[0]) + u64::from(words[1]);
+    let mut at = 0;
+    while at < 4 {
+        words[2 + at] = word_of(&other.local.address, at);
+        words[6 + at] = word_of(&other.remote.address, at);
+        at += 1;
     }
-    // Arriving: remote to local of this half.
-    let Some(before) = headers::load::<32>(skb, 8) else {
-        return 1;
-    };
-    let mut after = [0u8; 32];
-    after[..16].copy_from_slice(&other.local.address);
-    after[16..].copy_from_slice(&other.remote.address);
-    let pseudo = difference(&before, &after);
-    if !store(skb, LINK + 8, &after, BPF_F_RECOMPUTE_CSUM.into()) {
-        return 1;
-    }
-    adjust(skb, IPV6_HEADER as u32, pseudo, BPF_F_PSEUDO_HDR.into())
+    fold32(sum)
+}
+
+#[inline(always)]
+fn word_of(address: &[u8; 16], index: usize) -> u32 {
+    let at = index * 4;
+    u32::from_ne_bytes([address[at], address[at + 1], address[at + 2], address[at + 3]])
+}
+
+/// A sum of words in 32 bits, as the kernel has it.
+#[inline(always)]
+fn fold32(sum: u64) -> u32 {
+    let once = (sum & 0xffff_ffff) + (sum >> 32);
+    ((once & 0xffff_ffff) + (once >> 32)) as u32
 }
 
 /// Makes the copy of a segment what our own socket may see of it: an acknowledgement, of nothing
@@ -756,6 +838,14 @@ fn store<const N: usize>(skb: *mut __sk_buff, offset: u32, bytes: &[u8; N], flag
     // SAFETY: the pointer and the size describe `bytes`; the kernel checks the offset.
     let status =
         unsafe { bpf_skb_store_bytes(skb, offset, bytes.as_ptr().cast(), N as u32, flags) };
+    status == 0
+}
+
+#[inline(always)]
+fn store_words<const N: usize>(skb: *mut __sk_buff, offset: u32, words: &[u32; N]) -> bool {
+    // SAFETY: as in store.
+    let status =
+        unsafe { bpf_skb_store_bytes(skb, offset, words.as_ptr().cast(), N as u32 * 4, 0) };
     status == 0
 }
 

@@ -94,7 +94,7 @@ fn read_ip(skb: *mut __sk_buff, segment: &mut Segment) -> u8 {
 
 #[inline(always)]
 fn read_ipv4(skb: *mut __sk_buff, segment: &mut Segment) -> u8 {
-    let Some(header) = load::<20>(skb, 0) else {
+    let Some(header) = load::<IPV4_HEADER>(skb, 0) else {
         return UNREADABLE;
     };
     let fragment = u16::from_be_bytes([header[6], header[7]]) & 0x3fff;
@@ -189,18 +189,33 @@ pub fn gather(skb: *mut __sk_buff) {
 /// before it; `None` if they are not all in the packet's contiguous part.
 #[inline(always)]
 pub fn load<const N: usize>(skb: *mut __sk_buff, offset: u32) -> Option<[u8; N]> {
-    let mut bytes = [0u8; N];
+    let mut bytes = Aligned([0u8; N]);
     // SAFETY: the pointer and the size describe `bytes`; the kernel checks the offset.
-    let status = unsafe {
-        bpf_skb_load_bytes_relative(
-            skb.cast(),
-            offset,
-            bytes.as_mut_ptr().cast(),
-            N as u32,
-            BPF_HDR_START_NET,
-        )
-    };
-    (status == 0).then_some(bytes)
+    let status = unsafe { load_into(skb, offset, bytes.0.as_mut_ptr(), N as u32) };
+    (status == 0).then_some(bytes.0)
+}
+
+/// The same in words of the machine's own order, as checksums sum them. (Into the caller's memory:
+/// a second copy on the way would not fit into the stack.)
+#[inline(always)]
+pub fn load_words<const N: usize>(skb: *mut __sk_buff, offset: u32, words: &mut [u32; N]) -> bool {
+    // SAFETY: as in load; each word is four bytes of any value.
+    let status = unsafe { load_into(skb, offset, words.as_mut_ptr().cast(), N as u32 * 4) };
+    status == 0
+}
+
+/// So that words of it are read at once, and not byte by byte.
+#[repr(C, align(8))]
+struct Aligned<const N: usize>([u8; N]);
+
+/// # Safety
+/// `into` has room for `length` bytes.
+#[inline(always)]
+unsafe fn load_into(skb: *mut __sk_buff, offset: u32, into: *mut u8, length: u32) -> i64 {
+    // SAFETY: by the caller; the kernel checks the offset.
+    unsafe {
+        bpf_skb_load_bytes_relative(skb.cast(), offset, into.cast(), length, BPF_HDR_START_NET)
+    }
 }
 
 #[inline(always)]

@@ -109,8 +109,15 @@ pub fn packet_gate_in(ctx: TcContext) -> i32 {
 }
 
 /// What is attached to devices, for segments that leave.
+///
+/// Only what sockets of this host send matters here. What was received before it leaves (forwarded,
+/// or rewritten by us a moment ago) remembers by which device that was.
 #[classifier]
 pub fn packet_gate_out(ctx: TcContext) -> i32 {
+    // SAFETY: the context is the kernel's, alive for the whole run of the program.
+    if unsafe { (*ctx.skb.skb).ingress_ifindex } != 0 {
+        return TC_ACT_UNSPEC;
+    }
     // SAFETY: as above.
     unsafe { STAGES.tail_call(&ctx, HOOK_EGRESS.into()) };
     TC_ACT_UNSPEC

@@ -71,6 +71,7 @@ pub fn serve(
             // Boxed, like the dial.
             match Box::pin(switch(&shared, &client, &server, moved, &record)).await {
                 switch::Outcome::Switched(_) => {
+                    debug!(client = %record.client, after = ?record.accepted.elapsed(), "switched");
                     // The port stays taken until the connection ends.
                     server.1.map(|port| port.keep());
                     permit.forget();

@@ -48,6 +48,10 @@ pub struct Flags {
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
 
+    /// Only these loads, separated by commas: echo1, echo16, up1, down1, up8, down8, connect
+    #[arg(long, value_delimiter = ',')]
+    loads: Vec<String>,
+
     /// Beside that: direct, auto and splice for a client that is so far away (round trip, 50ms)
     #[arg(long, value_name = "TIME", value_parser = milliseconds)]
     far: Option<Duration>,
@@ -107,6 +111,7 @@ pub fn run(flags: &Flags) -> Result<()> {
     let (rounds, time) = if flags.quick { (1, 300) } else { (flags.rounds, flags.time) };
     ensure!(rounds > 0 && time > 0, "--rounds and --time must be more than zero");
     let wanted = wanted(&flags.only)?;
+    let columns = columns(&flags.loads)?;
     if !flags.measure {
         return build_and_go_on();
     }
@@ -120,7 +125,7 @@ pub fn run(flags: &Flags) -> Result<()> {
     let mut failures = Vec::new();
     let mut json = json!({"rounds": rounds, "milliseconds": time});
     if !flags.only_far {
-        json["near"] = near(&wanted, rounds, span, &mut failures)?;
+        json["near"] = near(&wanted, &columns, rounds, span, &mut failures)?;
     }
     if let Some(delay) = flags.far {
         let rounds = rounds.min(2);
@@ -148,6 +153,17 @@ fn wanted(only: &[String]) -> Result<Vec<&'static str>> {
     Ok(ways::NAMES.into_iter().filter(is_wanted).collect())
 }
 
+/// The loads that were asked for: titles without spaces.
+fn columns(only: &[String]) -> Result<Vec<Column>> {
+    let name = |column: &Column| column.title.replace(' ', "");
+    for wanted in only {
+        let all: Vec<String> = COLUMNS.iter().map(name).collect();
+        ensure!(all.contains(wanted), "{wanted} is none of {}", all.join(", "));
+    }
+    let is_wanted = |column: &&Column| only.is_empty() || only.contains(&name(column));
+    Ok(COLUMNS.iter().filter(is_wanted).copied().collect())
+}
+
 /// Unoptimized clients would measure themselves, so the rest is done by an optimized build.
 fn build_and_go_on() -> Result<()> {
     setup::ensure_all(Scope::Demo)?;
@@ -160,6 +176,7 @@ fn build_and_go_on() -> Result<()> {
 
 fn near(
     wanted: &[&'static str],
+    columns: &[Column],
     rounds: usize,
     span: Span,
     failures: &mut Vec<String>,
@@ -168,8 +185,8 @@ fn near(
     let apart: Vec<&str> = ways::NAMES.into_iter().filter(|name| *name != "packet").collect();
     let ways = start(&[(&labs[0], &apart), (&labs[1], &["packet"])], wanted)?;
     say(&format!("bench: {} rounds through {}", rounds, names(&ways)));
-    let rows = measure(&labs, &ways, &COLUMNS, rounds, span, failures)?;
-    let tables = Tables { columns: &COLUMNS, rows: &rows, seconds: span.time.as_secs_f64() };
+    let rows = measure(&labs, &ways, columns, rounds, span, failures)?;
+    let tables = Tables { columns, rows: &rows, seconds: span.time.as_secs_f64() };
     tables.print();
     Ok(tables.json())
 }

@@ -164,6 +164,13 @@ impl Attempt<'_> {
             server_seen.client.sequence.wrapping_sub(client_seen.client.sequence);
         halves[SERVER].seq_add =
             client_seen.server.sequence.wrapping_sub(server_seen.server.sequence);
+        let changes = [
+            halves[CLIENT].address_change(&halves[SERVER]),
+            halves[SERVER].address_change(&halves[CLIENT]),
+        ];
+        for (half, change) in halves.iter_mut().zip(changes) {
+            half.pseudo = change;
+        }
         for (half, socket) in halves.iter_mut().zip([&self.client.0, &self.server.0]) {
             let clock = tcp::timestamp(socket).map_err(refused)?;
             half.ts_clock = clock.wrapping_sub((tcp::monotonic_ns() / 1_000_000) as u32);

@@ -7,6 +7,7 @@ use super::load::{Figures, Load};
 use super::ways::PEERS;
 
 /// One load's column of the bench.
+#[derive(Clone, Copy)]
 pub struct Column {
     /// Its name.
     pub title: &'static str,
