@@ -128,10 +128,9 @@ pub struct Opening {
 
 /// [`Seen::state`]: the client has asked.
 pub const SEEN_SYN: u32 = 1;
-/// [`Seen::state`]: the server has answered what the client asked.
+/// [`Seen::state`]: the server has answered what the client asked. That the client has taken this
+/// answer is what its socket, or ours, being established says.
 pub const SEEN_SYN_ACK: u32 = 2;
-/// [`Seen::state`]: the client has acknowledged the answer; all numbers are proved.
-pub const SEEN_ALL: u32 = 3;
 
 /// A handshake as the programs saw it go by.
 ///

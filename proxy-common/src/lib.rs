@@ -14,7 +14,7 @@ pub use flow::{
     PHASE_LIVE, PHASE_PREPARED, PHASE_SETTLED, Record, SERVER,
 };
 pub use handshake::{
-    Counter, Endpoint, HOOK_EGRESS, HOOK_INGRESS, Handshake, Opening, Pending, SEEN_ALL, SEEN_SYN,
+    Counter, Endpoint, HOOK_EGRESS, HOOK_INGRESS, Handshake, Opening, Pending, SEEN_SYN,
     SEEN_SYN_ACK, STEP_ACK, STEP_SYN, STEP_SYN_ACK, Seen, Tuple, WATCH_LOCAL, WATCH_REMOTE, flags,
     port_bit,
 };

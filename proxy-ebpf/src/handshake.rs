@@ -9,9 +9,8 @@ use aya_ebpf::helpers::bpf_ktime_get_ns;
 use aya_ebpf::programs::TcContext;
 use aya_log_ebpf::debug;
 use proxy_common::{
-    Counter, Endpoint, HOOK_INGRESS, Handshake, Opening, OptionsBuffer, Pending, SEEN_ALL,
-    SEEN_SYN, SEEN_SYN_ACK, STEP_ACK, STEP_SYN, STEP_SYN_ACK, Seen, TcpOptions, Tuple, WATCH_LOCAL,
-    flags,
+    Counter, Endpoint, HOOK_INGRESS, Handshake, Opening, OptionsBuffer, Pending, SEEN_SYN,
+    SEEN_SYN_ACK, STEP_ACK, STEP_SYN, STEP_SYN_ACK, Seen, TcpOptions, Tuple, WATCH_LOCAL, flags,
 };
 
 use crate::headers::{self, Segment, TCP_HEADER};
@@ -47,7 +46,6 @@ fn note(skb: *mut __sk_buff, segment: &Segment, hook: u8) -> u8 {
     match segment.flags & KIND {
         flags::SYN if is_asked_here(watched(destination), hook) => note_syn(skb, segment, hook),
         SYN_ACK if is_answered_here(watched(source), hook) => note_answer(skb, segment, hook),
-        flags::ACK => note_completion(segment),
         _ => 0,
     }
 }
@@ -90,10 +88,8 @@ fn note_answer(skb: *mut __sk_buff, segment: &Segment, hook: u8) -> u8 {
     // SAFETY: the kernel keeps the value readable and writable for the run of the program, even
     // if it is evicted meanwhile. Two CPUs at it at once need two SYNs for one tuple.
     let seen = unsafe { &mut *seen };
-    if seen.state == 0
-        || seen.state > SEEN_SYN_ACK
-        || segment.acknowledgement != seen.client.sequence.wrapping_add(1)
-    {
+    // The first answer holds: a later one is the same again, or somebody else's.
+    if seen.state != SEEN_SYN || segment.acknowledgement != seen.client.sequence.wrapping_add(1) {
         return 0;
     }
     let Some(opening) = open(skb, segment, hook) else {
@@ -105,22 +101,6 @@ fn note_answer(skb: *mut __sk_buff, segment: &Segment, hook: u8) -> u8 {
         seen.ifindex = unsafe { (*skb).ifindex };
     }
     seen.state = SEEN_SYN_ACK;
-    0
-}
-
-#[inline(never)]
-fn note_completion(segment: &Segment) -> u8 {
-    let Some(seen) = SEEN.get_ptr_mut(segment.tuple) else {
-        return 0;
-    };
-    // SAFETY: as in note_answer.
-    let seen = unsafe { &mut *seen };
-    if seen.state == SEEN_SYN_ACK
-        && segment.sequence == seen.client.sequence.wrapping_add(1)
-        && segment.acknowledgement == seen.server.sequence.wrapping_add(1)
-    {
-        seen.state = SEEN_ALL;
-    }
     0
 }
 

@@ -12,7 +12,7 @@ use tracing::{debug, warn};
 use crate::config::ListenAddr;
 use crate::drain::Watcher;
 use crate::session::{self, Shared};
-use crate::socket::{self, Socket};
+use crate::socket::{self, Bound, Socket};
 
 /// Accepted in one go before other tasks of the thread get a turn.
 const BATCH: usize = 64;
@@ -24,10 +24,10 @@ const PAUSES: (Duration, Duration) = (Duration::from_millis(5), Duration::from_s
 ///
 /// # Errors
 /// Those of bind(2), with the address that was tried.
-pub fn bind(address: ListenAddr) -> io::Result<TcpListener> {
+pub fn bind(address: ListenAddr) -> io::Result<Bound> {
     let at = |ip: IpAddr| {
         let address = SocketAddr::new(ip, address.port);
-        socket::listen(address)
+        socket::bind(address)
             .map_err(|error| io::Error::new(error.kind(), format!("listen on {address}: {error}")))
     };
     match address.ip {

@@ -12,19 +12,20 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use tokio::runtime::{Builder, Runtime};
+use tokio::runtime::{Builder, Handle, Runtime};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 use tracing::{debug, error, info, warn};
 
-use crate::config::{Config, EndpointMode};
+use crate::config::{Config, EndpointMode, PacketConfig};
 use crate::drain::Drain;
 use crate::metrics::{Metrics, Refresh};
+use crate::packet::eventually::Eventually;
 use crate::packet::selftest::{self, Verdict};
 use crate::packet::{self, Packet};
 use crate::readiness::Readiness;
-use crate::relay::{Counters, Limits, PipePool, Reason, Wish};
+use crate::relay::{Counters, Engine, Limits, PipePool, Reason, Wish};
 use crate::session::Shared;
 use crate::upstream::Upstream;
 use crate::{accept, admin, control, endpoints, logging};
@@ -86,7 +87,7 @@ pub struct App {
     _admin_socket: Option<control::SocketName>,
     drain: Drain,
     metrics: Arc<Metrics>,
-    packet: Option<Arc<Packet>>,
+    packet: Eventually,
     accepting: JoinHandle<()>,
     signals: Signals,
     data: Runtime,
@@ -100,9 +101,9 @@ impl App {
     /// An address cannot be bound, or the system lacks threads or descriptors.
     pub fn start(config: &Config, metrics: Arc<Metrics>) -> anyhow::Result<Self> {
         raise_descriptor_limit(config.max_connections);
-        let listener = accept::bind(config.listen)?;
+        let bound = accept::bind(config.listen)?;
         let admin_listener = config.admin.map(admin::bind).transpose()?;
-        let listening = listener.local_addr()?;
+        let listening = bound.address();
         let admin = admin_listener.as_ref().map(std::net::TcpListener::local_addr).transpose()?;
 
         let data = Builder::new_multi_thread().thread_name("relay").enable_all().build()?;
@@ -116,7 +117,20 @@ impl App {
         let drain = Drain::default();
         let timeout = config.connect_timeout;
         let places = Arc::new(Semaphore::new(config.max_connections));
-        let packet = start_packet(config, listening, &places, &metrics, &side)?;
+        let packet = Eventually::default();
+        let starter = Starter {
+            config: config.packet.clone(),
+            listening,
+            max_connections: config.max_connections,
+            places: Arc::clone(&places),
+            metrics: Arc::clone(&metrics),
+            idle_timeout: config.idle_timeout,
+            side: side.handle().clone(),
+            packet: packet.clone(),
+        };
+        starter.start_as(config.engine)?;
+        // Not before the engine that was asked for by name is there: who connects is served by it.
+        let listener = bound.listen()?;
         let upstream = Upstream::new(
             &config.upstream,
             timeout,
@@ -146,11 +160,8 @@ impl App {
         }
         let admin_socket = config.admin_socket.as_deref().and_then(control::open);
         let admin_socket = admin_socket.map(|(listener, name)| {
-            let connections: Arc<dyn control::Connections> = match &packet {
-                Some(packet) => Arc::new(packet::Handle(Arc::clone(packet), side.handle().clone())),
-                None => Arc::new(control::Empty),
-            };
-            side.spawn(control::serve(listener, connections));
+            let connections = packet::Handle(packet.clone(), side.handle().clone());
+            side.spawn(control::serve(listener, Arc::new(connections)));
             name
         });
         if config.endpoints.mode != EndpointMode::Off {
@@ -192,21 +203,23 @@ impl App {
     fn run_to_end(mut self, config: &Config) -> anyhow::Result<ExitCode> {
         let (drain, signals) = (&self.drain, &mut self.signals);
         let accepting = &mut self.accepting;
-        let packet = self.packet.clone().filter(|packet| !packet.is_pinned());
+        let engine = self.packet.clone();
         let clean = self.data.block_on(async {
             let name = signals.next().await;
             drain.begin();
             self.metrics.draining.set(1);
             info!(signal = name, deadline = ?config.drain_timeout, "draining");
-            if let Some(packet) = &self.packet {
+            let packet = engine.close();
+            if let Some(packet) = packet {
                 packet.hand_over().await;
             }
+            let packet = packet.filter(|packet| !packet.is_pinned());
             let mut drained = pin!(async {
                 // Whom the kernel has let in becomes a session before the last one can end.
                 let _ = accepting.await;
                 drain.drained().await;
                 // Pinned, they go on without us.
-                while packet.as_ref().is_some_and(|packet| packet.live() > 0) {
+                while packet.is_some_and(|packet| packet.live() > 0) {
                     tokio::time::sleep(SETTLED_LOOK).await;
                 }
             });
@@ -222,13 +235,13 @@ impl App {
             }
             let clean = drain.live() == 0 && packet.is_none();
             drain.cut();
-            if let Some(packet) = &packet {
+            if let Some(packet) = packet {
                 packet.kill_all(Reason::Cut.as_label());
             }
             drained.await;
             clean
         });
-        if let Some(packet) = &packet {
+        if let Some(packet) = self.packet.get().filter(|packet| !packet.is_pinned()) {
             packet.release_ports();
         }
         info!(clean, "ended");
@@ -237,41 +250,62 @@ impl App {
     }
 }
 
-/// Starts the engine of the kernel, if it was asked for and can work here.
-fn start_packet(
-    config: &Config,
+/// Starts the engine of the kernel.
+struct Starter {
+    config: PacketConfig,
     listening: SocketAddr,
-    places: &Arc<Semaphore>,
-    metrics: &Arc<Metrics>,
-    side: &Runtime,
-) -> anyhow::Result<Option<Arc<Packet>>> {
-    if !config.engine.may_switch() {
-        return Ok(None);
+    max_connections: usize,
+    places: Arc<Semaphore>,
+    metrics: Arc<Metrics>,
+    idle_timeout: Option<Duration>,
+    side: Handle,
+    packet: Eventually,
+}
+
+impl Starter {
+    /// Waits for it where it was asked for by name. Else it comes when it is tested and loaded, if
+    /// it can work here at all.
+    fn start_as(self, wish: Wish) -> anyhow::Result<()> {
+        match wish {
+            Wish::Auto => {
+                let thread = std::thread::Builder::new().name("engine".to_owned());
+                thread.spawn(move || self.start_or_tell()).context("a thread")?;
+                Ok(())
+            }
+            Wish::Only(Engine::Packet) => self.start().context("engine packet cannot work here"),
+            Wish::Only(_) => Ok(()),
+        }
     }
-    let _entered = side.enter();
-    let start = || {
-        Packet::start(
-            &config.packet,
-            listening,
-            config.max_connections,
-            Arc::clone(places),
-            Arc::clone(metrics),
-        )
-    };
-    match test_packet().and_then(|()| start()) {
-        Ok((packet, news)) => {
-            side.spawn(packet::ends::run(Arc::clone(&packet), news, config.idle_timeout));
-            let reader = Arc::clone(&packet);
-            let refresh = Refresh(Box::new(move || reader.refresh_metrics()));
-            let _ = metrics.refresh.set(refresh);
-            Ok(Some(packet))
+
+    fn start_or_tell(&self) {
+        match self.start() {
+            Ok(()) => info!("the kernel relays connections that begin from here on and fit"),
+            Err(error) => {
+                let (reason, hint) =
+                    (format!("{error:#}"), "`steward-tcp-proxy check` names what is missing");
+                info!(reason, hint, "no relaying in the kernel; engine splice");
+            }
         }
-        Err(error) if config.engine == Wish::Auto => {
-            let hint = "`steward-tcp-proxy check` names what is missing";
-            info!(reason = format!("{error:#}"), hint, "no relaying in the kernel; engine splice");
-            Ok(None)
+    }
+
+    fn start(&self) -> anyhow::Result<()> {
+        test_packet()?;
+        let _entered = self.side.enter();
+        let (places, metrics) = (Arc::clone(&self.places), Arc::clone(&self.metrics));
+        let (packet, news) =
+            Packet::start(&self.config, self.listening, self.max_connections, places, metrics)?;
+        if !self.packet.fill(&packet) {
+            // The process ends.
+            if !packet.is_pinned() {
+                packet.release_ports();
+            }
+            return Ok(());
         }
-        Err(error) => Err(error.context("engine packet cannot work here")),
+        let reader = Arc::clone(&packet);
+        let refresh = Refresh(Box::new(move || reader.refresh_metrics()));
+        let _ = self.metrics.refresh.set(refresh);
+        self.side.spawn(packet::ends::run(packet, news, self.idle_timeout));
+        Ok(())
     }
 }
 

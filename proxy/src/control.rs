@@ -48,20 +48,6 @@ pub trait Connections: Send + Sync {
     fn kill(&self, which: &Which) -> usize;
 }
 
-/// No connections, ever.
-#[derive(Debug, Clone, Copy)]
-pub struct Empty;
-
-impl Connections for Empty {
-    fn list(&self) -> Vec<Row> {
-        Vec::new()
-    }
-
-    fn kill(&self, _which: &Which) -> usize {
-        0
-    }
-}
-
 /// One connection.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Row {

@@ -10,7 +10,7 @@
 //! - [`paths`]: devices that carry the programs ([`devices`], [`attach`]) and ways ([`routes`])
 //! - [`eligible`]: whether two connections can be joined; [`switch`]: how it is done
 //! - [`ends`]: what happens to a switched connection later; [`inject`]: segments in its name
-//! - [`selftest`]: two connections of our own, before anybody else's
+//! - [`selftest`]: two connections of our own, before anybody else's; [`eventually`]: until then
 //! - [`ports`], [`conntrack`]: that nobody else gets what a switched connection uses
 
 pub mod attach;
@@ -18,6 +18,7 @@ pub mod conntrack;
 pub mod devices;
 pub mod eligible;
 pub mod ends;
+pub mod eventually;
 pub mod grace;
 pub mod inject;
 pub mod netlink;
@@ -56,6 +57,7 @@ use crate::metrics::Metrics;
 use crate::relay::Moment;
 use conntrack::Conntrack;
 use eligible::Ineligible;
+use eventually::Eventually;
 use grace::Grace;
 use inject::{Injector, Segment};
 use netlink::Watch;
@@ -569,14 +571,15 @@ impl Packet {
 
 /// The engine for those who ask about its connections.
 #[derive(Debug, Clone)]
-pub struct Handle(pub Arc<Packet>, pub tokio::runtime::Handle);
+pub struct Handle(pub Eventually, pub tokio::runtime::Handle);
 
 impl Connections for Handle {
     fn list(&self) -> Vec<Row> {
+        let Some(packet) = self.0.get() else { return Vec::new() };
         let now_ns = tcp::monotonic_ns();
-        let slots = self.0.table.in_use().into_iter();
+        let slots = packet.table.in_use().into_iter();
         let rows = slots.filter_map(|slot| {
-            let record = self.0.table.read(slot)?;
+            let record = packet.table.read(slot)?;
             let [client, server] = &record.halves;
             let seen = client.seen_ns.max(server.seen_ns);
             let age = now_ms().saturating_sub(record.accepted_ms) as f64 / 1e3;
@@ -599,12 +602,13 @@ impl Connections for Handle {
     }
 
     fn kill(&self, which: &Which) -> usize {
+        let Some(packet) = self.0.get() else { return 0 };
         let _entered = self.1.enter();
         let rows = self.list().into_iter();
         let meant = rows.filter(|row| which.covers(&row.id, row.client));
         meant
             .filter_map(|row| row.id.parse().ok())
-            .filter(|slot| self.0.kill(*slot, "killed"))
+            .filter(|slot| packet.kill(*slot, "killed"))
             .count()
     }
 }

@@ -10,9 +10,10 @@ use tokio::sync::OwnedSemaphorePermit;
 use tracing::{debug, info};
 
 use crate::metrics::Metrics;
+use crate::packet;
 use crate::packet::eligible::Ineligible;
+use crate::packet::eventually::Eventually;
 use crate::packet::switch::{self, Attempt};
-use crate::packet::{self, Packet};
 use crate::relay::{self, Counters, End, Engine, Limits, Moment, Moved, Outcome, Wish};
 use crate::socket::{self, Downstream, Socket};
 use crate::upstream::{DialError, Upstream};
@@ -22,8 +23,8 @@ use crate::upstream::{DialError, Upstream};
 pub struct Shared {
     /// The engine asked for.
     pub wish: Wish,
-    /// Takes over connections that fit; `None` if it was not asked for or cannot work here.
-    pub packet: Option<Arc<Packet>>,
+    /// Takes over connections that fit, if it was asked for and works here.
+    pub packet: Eventually,
     /// Where to connect to.
     pub upstream: Arc<Upstream>,
     /// Bounds of a relay.
@@ -58,7 +59,7 @@ pub fn serve(
         record.relaying(engine, upstream);
         // What came before this run of the relay. Boxed, like all that most connections never need.
         let mut past: Option<Box<Past>> = None;
-        let mut looks = shared.packet.is_some();
+        let mut looks = shared.packet.get().is_some();
         loop {
             let Past { moved, attempts } = past.as_deref().copied().unwrap_or_default();
             let pause = looks.then(|| Box::new(next_look(attempts, moved)));
@@ -114,7 +115,7 @@ async fn switch(
     moved: Moved,
     record: &Record,
 ) -> switch::Outcome {
-    let Some(packet) = &shared.packet else {
+    let Some(packet) = shared.packet.get() else {
         return switch::Outcome::Stays(Ineligible::Refused, moved);
     };
     let age = u64::try_from(record.accepted.elapsed().as_millis()).unwrap_or(0);

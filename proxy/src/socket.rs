@@ -206,6 +206,15 @@ impl Socket {
         let _ = SockRef::from(&self.fd).set_tcp_user_timeout(timeout);
     }
 
+    /// Bounds the window that the socket announces from now on, in bytes; None lifts the bound. What
+    /// was announced before stays valid (a receiver must not shrink its window, RFC 9293). The
+    /// kernel lifts it as well, when it tunes the buffer of a socket that is read fast.
+    pub fn clamp_window(&self, bytes: Option<u32>) {
+        let bytes = bytes.unwrap_or(1 << 30);
+        // A failure leaves the window as it was, which is a valid choice as well.
+        let _ = set_option(self.fd.as_fd(), libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP, &bytes);
+    }
+
     /// What is still queued for the peer.
     #[must_use]
     pub fn send_queue(&self) -> SendQueue {
@@ -301,11 +310,38 @@ pub fn send(fd: impl AsFd, bytes: &[u8]) -> io::Result<usize> {
     Ok(rustix::net::send(fd, bytes, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)?)
 }
 
-/// A bound, listening socket whose accepted sockets are ready for a relay.
+/// A listener to be: its port is taken, and clients are refused.
+#[derive(Debug)]
+pub struct Bound {
+    socket: socket2::Socket,
+    /// With the port that was asked for, or the one that the kernel chose.
+    address: SocketAddr,
+}
+
+impl Bound {
+    /// Its address.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Clients may come. Accepted sockets are ready for a relay.
+    ///
+    /// # Errors
+    /// Those of listen(2): somebody else has done so since the port was taken.
+    pub fn listen(self) -> io::Result<TcpListener> {
+        self.socket.listen(BACKLOG).map_err(|error| {
+            io::Error::new(error.kind(), format!("listen on {}: {error}", self.address))
+        })?;
+        Ok(self.socket.into())
+    }
+}
+
+/// Takes a port.
 ///
 /// # Errors
-/// Those of socket(2), bind(2) and listen(2).
-pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+/// Those of socket(2) and bind(2).
+pub fn bind(address: SocketAddr) -> io::Result<Bound> {
     let domain = Domain::for_address(address);
     let socket = socket2::Socket::new(domain, Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
     socket.set_reuse_address(true)?;
@@ -315,8 +351,8 @@ pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     }
     prepare(&SockRef::from(&socket))?;
     socket.bind(&SockAddr::from(address))?;
-    socket.listen(BACKLOG)?;
-    Ok(socket.into())
+    let address = socket.local_addr()?.as_socket().ok_or(io::ErrorKind::Unsupported)?;
+    Ok(Bound { socket, address })
 }
 
 /// What both sockets of a pair need from their first moment on.
@@ -489,6 +525,29 @@ impl Info {
     }
 }
 
+/// Sets an option that no library names.
+///
+/// # Errors
+/// Those of setsockopt(2).
+pub(crate) fn set_option<T>(
+    fd: BorrowedFd<'_>,
+    level: i32,
+    option: i32,
+    value: &T,
+) -> io::Result<()> {
+    // SAFETY: pointer and length describe `value`, which the kernel only reads.
+    let status = unsafe {
+        libc::setsockopt(
+            fd.as_raw_fd(),
+            level,
+            option,
+            std::ptr::from_ref(value).cast(),
+            size_of::<T>() as libc::socklen_t,
+        )
+    };
+    if status == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 #[cfg(test)]
 mod tests {
     use std::io::{Read, Write};
@@ -497,7 +556,8 @@ mod tests {
     use super::*;
 
     fn pair() -> (TcpStream, TcpStream) {
-        let listener = listen((Ipv4Addr::LOCALHOST, 0).into()).expect("listens");
+        let bound = bind((Ipv4Addr::LOCALHOST, 0).into()).expect("a port");
+        let listener = bound.listen().expect("listens");
         listener.set_nonblocking(false).expect("is a socket");
         let client = TcpStream::connect(listener.local_addr().expect("bound")).expect("connects");
         (client, listener.accept().expect("accepts").0)

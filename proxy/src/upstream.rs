@@ -20,7 +20,7 @@ use tracing::{debug, error, info, warn};
 
 use crate::config::{Host, HostPort, UpstreamAddrs};
 use crate::metrics::Metrics;
-use crate::packet::Packet;
+use crate::packet::eventually::Eventually;
 use crate::packet::ports::Port;
 use crate::socket;
 
@@ -44,7 +44,7 @@ pub struct Upstream {
     /// Where this proxy itself listens.
     listening: SocketAddr,
     /// Chooses the local port, if connections may be switched.
-    packet: Option<Arc<Packet>>,
+    packet: Eventually,
     health: Mutex<Health>,
     probing: tokio::sync::Mutex<()>,
     metrics: Arc<Metrics>,
@@ -142,7 +142,7 @@ impl Upstream {
         addresses: &UpstreamAddrs,
         connect_timeout: Duration,
         listening: SocketAddr,
-        packet: Option<Arc<Packet>>,
+        packet: Eventually,
         metrics: Arc<Metrics>,
     ) -> Self {
         let entry = |HostPort { host, port }: &HostPort| Entry {
@@ -279,7 +279,7 @@ impl Upstream {
         &self,
         address: SocketAddr,
     ) -> io::Result<(socket::Socket, Option<Port>)> {
-        let Some(packet) = &self.packet else {
+        let Some(packet) = self.packet.get() else {
             return Ok((socket::Socket::connect(address, |_| ()).await?, None));
         };
         let mut port = None;
@@ -426,7 +426,7 @@ mod tests {
         let metrics = Arc::new(Metrics::new().expect("registers"));
         let listening = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), 1);
         let hosts = UpstreamAddrs(hosts.collect());
-        Upstream::new(&hosts, Duration::from_secs(5), listening, None, metrics)
+        Upstream::new(&hosts, Duration::from_secs(5), listening, Eventually::default(), metrics)
     }
 
     #[tokio::test]

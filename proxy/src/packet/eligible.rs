@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use proxy_common::{Opening, SEEN_ALL, Seen, TcpOptions, flags};
+use proxy_common::{Opening, SEEN_SYN_ACK, Seen, TcpOptions, flags};
 
 use crate::socket::Info;
 
@@ -142,7 +142,7 @@ impl Leg<'_> {
 /// The first reason against it.
 pub fn judge(client: Leg<'_>, server: Leg<'_>, max_rtt: Duration) -> Result<(), Ineligible> {
     for leg in [client, server] {
-        if leg.seen.state != SEEN_ALL {
+        if leg.seen.state != SEEN_SYN_ACK {
             return Err(Ineligible::Handshake);
         }
         if !leg.info.is_established() {
@@ -191,6 +191,8 @@ pub fn judge(client: Leg<'_>, server: Leg<'_>, max_rtt: Duration) -> Result<(), 
 
 #[cfg(test)]
 mod tests {
+    use proxy_common::SEEN_SYN;
+
     use super::*;
 
     fn opening(flags: u16) -> Opening {
@@ -208,7 +210,7 @@ mod tests {
 
     fn seen() -> Seen {
         Seen {
-            state: SEEN_ALL,
+            state: SEEN_SYN_ACK,
             ifindex: 2,
             client: opening(flags::SYN),
             server: opening(flags::SYN | flags::ACK),
@@ -233,7 +235,7 @@ mod tests {
     fn each_difference_has_its_reason() {
         type Change = fn(&mut Seen);
         let cases: [(Change, Ineligible); 7] = [
-            (|seen| seen.state = 2, Ineligible::Handshake),
+            (|seen| seen.state = SEEN_SYN, Ineligible::Handshake),
             (
                 |seen| seen.client.options.present &= !TcpOptions::HAS_TIMESTAMPS,
                 Ineligible::Options,

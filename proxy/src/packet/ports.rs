@@ -14,7 +14,8 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU16, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use proxy_common::port_bit;
 
@@ -25,6 +26,9 @@ const NOTES: &str = "/run/steward-tcp-proxy";
 
 /// Words of 64 bits with one bit for each port.
 const WORDS: usize = 1024;
+
+/// Ports that still rest and are passed over before it counts as none being there.
+const TRIES: u32 = 8;
 
 /// The ports, and which of them are taken. Cheap to clone; all clones share them.
 #[derive(Debug, Clone)]
@@ -38,8 +42,13 @@ struct Shared {
     ours: PortSet,
     /// A bit for each port that cannot be taken: in use, or not of the pool.
     taken: Box<[AtomicU64; WORDS]>,
-    /// Where to look next: round robin, so that a port rests as long as possible before it is
-    /// used again (its last connection may be in TIME_WAIT at the server).
+    /// When each was last given back: seconds since `begun`, and one; 0 for never.
+    rests_since: Box<[AtomicU32]>,
+    begun: Instant,
+    /// How long a port rests before it is used again: its last connection may be in TIME_WAIT,
+    /// where connecting from it fails.
+    rest: Duration,
+    /// Where to look next: round robin, so that the next one has rested longest.
     next: AtomicU16,
     left: AtomicUsize,
 }
@@ -66,15 +75,17 @@ impl PortPool {
     /// /proc/sys/net cannot be read.
     pub fn reserve(note: Option<&Path>) -> io::Result<Self> {
         let reservation = reservation::reserve(note)?;
-        Ok(Self { reserved: reservation.reserved, ..Self::of(reservation.ports) })
+        Ok(Self { reserved: reservation.reserved, ..Self::of(reservation.ports, time_wait()) })
     }
 
-    fn of(ours: PortSet) -> Self {
-        let left = ours.len();
+    fn of(ours: PortSet, rest: Duration) -> Self {
+        let left = AtomicUsize::new(ours.len());
         let taken = Box::new(ours.words().map(|word| AtomicU64::new(!word)));
+        let rests_since = (0..=u16::MAX).map(|_| AtomicU32::new(0)).collect();
         // Where to begin does not matter.
-        let (next, left) = (AtomicU16::new(0), AtomicUsize::new(left));
-        Self { shared: Arc::new(Shared { ours, taken, next, left }), reserved: false }
+        let (next, begun) = (AtomicU16::new(0), Instant::now());
+        let shared = Shared { ours, taken, rests_since, begun, rest, next, left };
+        Self { shared: Arc::new(shared), reserved: false }
     }
 
     /// Whether part of the ephemeral range is ours.
@@ -89,7 +100,7 @@ impl PortPool {
         self.shared.left.load(Ordering::Relaxed)
     }
 
-    /// The next free port; `None` if all are taken. Binding it may still fail (EADDRINUSE): any
+    /// The next free port; `None` if all are taken, or were so a moment ago. Binding it may still fail (EADDRINUSE): any
     /// process may ask for a port by its number. Then take another before dropping this one, or
     /// it comes up again only after a whole round.
     #[must_use]
@@ -157,6 +168,8 @@ impl Port {
 impl Drop for Port {
     fn drop(&mut self) {
         if let Some(shared) = &self.shared {
+            let since = &shared.rests_since[usize::from(self.number)];
+            since.store(shared.seconds(), Ordering::Relaxed);
             shared.give_back(self.number);
         }
     }
@@ -178,6 +191,7 @@ impl fmt::Debug for Shared {
 impl Shared {
     fn take(&self) -> Option<u16> {
         let start = self.next.load(Ordering::Relaxed);
+        let mut tried = 0;
         // One round, and the rest of the word in which it began.
         for step in 0..=WORDS {
             if self.left.load(Ordering::Relaxed) == 0 {
@@ -190,13 +204,36 @@ impl Shared {
             }
             while let Some(bit) = lowest_zero(self.taken[at].load(Ordering::Relaxed) | skip) {
                 let port = (at * 64) as u16 + bit;
-                if self.mark(port) {
-                    self.next.store(port.wrapping_add(1), Ordering::Relaxed);
-                    return Some(port);
+                if self.has_rested(port) {
+                    if self.mark(port) {
+                        self.next.store(port.wrapping_add(1), Ordering::Relaxed);
+                        return Some(port);
+                    }
+                    continue;
                 }
+                // Most likely this one has rested longest. Not so if its connection was a long one,
+                // so that some more are tried, and others the next time.
+                self.next.store(port.wrapping_add(1), Ordering::Relaxed);
+                tried += 1;
+                if tried > TRIES {
+                    return None;
+                }
+                skip |= 1_u64 << bit;
             }
         }
         None
+    }
+
+    fn has_rested(&self, port: u16) -> bool {
+        match self.rests_since[usize::from(port)].load(Ordering::Relaxed) {
+            0 => true,
+            since => self.seconds().saturating_sub(since) >= self.rest.as_secs() as u32,
+        }
+    }
+
+    /// Never 0.
+    fn seconds(&self) -> u32 {
+        u32::try_from(self.begun.elapsed().as_secs()).unwrap_or(u32::MAX - 1) + 1
     }
 
     /// True if it was free.
@@ -225,6 +262,17 @@ impl Shared {
     }
 }
 
+/// How long the kernel keeps a connection that we have closed first (tcp.h: TCP_TIMEWAIT_LEN), or
+/// what it is content with where it may use such a port again (tcp_tw_reuse_delay, which was
+/// always a second before 6.14).
+fn time_wait() -> Duration {
+    let reuse = std::fs::read_to_string("/proc/sys/net/ipv4/tcp_tw_reuse");
+    // 2, the default, is for loopback alone.
+    let may_reuse = reuse.is_ok_and(|value| value.trim() == "1");
+    // Both a little longer: seconds are counted whole.
+    if may_reuse { Duration::from_secs(2) } else { Duration::from_secs(61) }
+}
+
 fn lowest_zero(word: u64) -> Option<u16> {
     // At most 63.
     (word != u64::MAX).then(|| word.trailing_ones() as u16)
@@ -237,7 +285,24 @@ mod tests {
     use super::*;
 
     fn pool(ranges: &str) -> PortPool {
-        PortPool::of(ranges.parse().expect("ranges"))
+        resting(ranges, Duration::ZERO)
+    }
+
+    fn resting(ranges: &str, rest: Duration) -> PortPool {
+        PortPool::of(ranges.parse().expect("ranges"), rest)
+    }
+
+    #[test]
+    fn a_port_that_still_rests_is_not_taken_unless_it_was_kept() {
+        let pool = resting("60001-60020", Duration::from_secs(3600));
+        let kept: Vec<u16> = (0..10).map(|_| pool.take().expect("free").keep()).collect();
+        drop((0..10).map(|_| pool.take().expect("free")).collect::<Vec<_>>());
+        assert_eq!(pool.left(), 10);
+        assert!((0..20).all(|_| pool.take().is_none()), "in TIME_WAIT, for all that is known");
+        // A kept one comes back only after its connection's TIME_WAIT.
+        kept.iter().for_each(|port| pool.give_back(*port));
+        let again: Vec<u16> = (0..40).filter_map(|_| pool.take()).map(Port::keep).collect();
+        assert_eq!(again.iter().collect::<HashSet<_>>(), kept.iter().collect::<HashSet<_>>());
     }
 
     #[test]

@@ -26,6 +26,7 @@ use tracing::subscriber::NoSubscriber;
 
 use super::attach::Method;
 use super::eligible::Ineligible;
+use super::eventually::Eventually;
 use super::{Packet, ends};
 use crate::accept;
 use crate::config::{Host, HostPort, ListenAddr, PacketConfig, UpstreamAddrs};
@@ -189,12 +190,13 @@ impl<'a> Test<'a> {
 
     /// Starts a relay to `server`, as the real one is started; its port.
     fn relay(&self, server: SocketAddr) -> Result<(u16, Arc<Metrics>)> {
-        let listener = accept::bind(ListenAddr { ip: None, port: 0 })?;
+        let listener = accept::bind(ListenAddr { ip: None, port: 0 })?.listen()?;
         let listening = listener.local_addr()?;
         self.packet.watch(listening, WATCH_LOCAL);
         let metrics = Arc::new(Metrics::new()?);
         let host = HostPort { host: Host::Ip(server.ip()), port: server.port() };
-        let packet = Some(Arc::clone(&self.packet));
+        let packet = Eventually::default();
+        ensure!(packet.fill(&self.packet), "a new one is empty");
         let upstream = Upstream::new(
             &UpstreamAddrs(vec![host]),
             PATIENCE,

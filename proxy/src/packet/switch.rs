@@ -19,7 +19,7 @@ use std::os::fd::AsFd as _;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use proxy_common::{CLIENT, Half, MARK_RESET, Record, SEEN_ALL, SERVER, Seen, WATCH_LOCAL};
+use proxy_common::{CLIENT, Half, MARK_RESET, Record, SEEN_SYN_ACK, SERVER, Seen, WATCH_LOCAL};
 use tokio::time::sleep;
 
 use super::eligible::{Ineligible, Leg, judge};
@@ -81,6 +81,14 @@ pub struct Attempt<'a> {
 impl Attempt<'_> {
     /// Tries to switch.
     pub async fn run(mut self) -> Outcome {
+        let outcome = self.attempt().await;
+        if let Outcome::Stays(..) = outcome {
+            self.loosen();
+        }
+        outcome
+    }
+
+    async fn attempt(&mut self) -> Outcome {
         let begun = Instant::now();
         // None: a successor has the records.
         let Some(_turn) = self.packet.turn() else {
@@ -103,10 +111,7 @@ impl Attempt<'_> {
         }
         let (slot, halves) = match self.prepare(&plan) {
             Ok(prepared) => prepared,
-            Err(reason) => {
-                self.loosen();
-                return Outcome::Stays(reason, self.moved);
-            }
+            Err(reason) => return Outcome::Stays(reason, self.moved),
         };
         self.packet.table().go_live(slot);
         let unfinished = Unfinished { packet: self.packet, slot };
@@ -197,7 +202,7 @@ impl Attempt<'_> {
         let original = conntrack::original_destination(&self.client.0);
         let original = original.ok().flatten().ok_or(Ineligible::Handshake)?;
         match self.packet.seen(peer, original) {
-            Some(seen) if seen.state == SEEN_ALL => Ok((seen, original)),
+            Some(seen) if seen.state == SEEN_SYN_ACK => Ok((seen, original)),
             _ => {
                 // The next client that asks for this address will be seen.
                 self.packet.watch(original, WATCH_LOCAL);
@@ -231,14 +236,11 @@ impl Attempt<'_> {
         loop {
             for side in [Side::Client, Side::Server] {
                 // Each time: reading makes the kernel tune its buffer, and the bound with it.
-                tcp::clamp_window(self.socket(side), SQUEEZED);
+                self.socket(side).clamp_window(Some(SQUEEZED));
                 match self.pass(side)? {
                     Passed::Everything => {}
                     // An end under way is the relay's business.
-                    Passed::EndOfStream => {
-                        self.loosen();
-                        return Err(End::Stays(Ineligible::HalfClosed));
-                    }
+                    Passed::EndOfStream => return Err(End::Stays(Ineligible::HalfClosed)),
                 }
             }
             let ((up, down), is_quiet) = self.held_by_us()?;
@@ -251,17 +253,16 @@ impl Attempt<'_> {
             }
             if shrank.elapsed() >= SQUEEZE.0 || begun.elapsed() >= SQUEEZE.1 {
                 tracing::debug!(up, down, "too busy to be switched");
-                self.loosen();
                 return Err(End::Stays(Ineligible::Busy));
             }
             sleep(Duration::from_millis(1)).await;
         }
     }
 
-    /// Gives both sockets their windows back.
+    /// Gives both sockets their windows back: this keeps them small, and so does the relay before.
     fn loosen(&self) {
         for side in [Side::Client, Side::Server] {
-            tcp::clamp_window(self.socket(side), 1 << 30);
+            self.socket(side).clamp_window(None);
         }
     }
 

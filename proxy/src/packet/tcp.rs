@@ -3,6 +3,8 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
+use crate::socket::set_option;
+
 /// Bytes that can be read.
 pub fn unread(fd: impl AsFd) -> io::Result<u32> {
     ioctl(fd.as_fd(), libc::FIONREAD)
@@ -30,13 +32,6 @@ pub fn timestamp(fd: impl AsFd) -> io::Result<u32> {
 pub fn monotonic_ns() -> u64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
-}
-
-/// Bounds the window that the socket announces from now on, in bytes. What was announced before
-/// stays valid (a receiver must not shrink its window, RFC 9293).
-pub fn clamp_window(fd: impl AsFd, bytes: u32) {
-    // A failure leaves the window as it was, which is a valid choice as well.
-    let _ = set(fd.as_fd(), libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP, &bytes);
 }
 
 /// Has the kernel drop whatever arrives, but for bare acknowledgements. Dropped segments are not
@@ -71,12 +66,12 @@ pub fn drop_all(fd: impl AsFd) -> io::Result<()> {
 fn attach(fd: BorrowedFd<'_>, filter: &mut [libc::sock_filter]) -> io::Result<()> {
     let len = u16::try_from(filter.len()).unwrap_or(u16::MAX);
     let program = libc::sock_fprog { len, filter: filter.as_mut_ptr() };
-    set(fd, libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, &program)
+    set_option(fd, libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, &program)
 }
 
 /// Freezes the socket: closing it from here on sends nothing at all. Needs CAP_NET_ADMIN.
 pub fn freeze(fd: impl AsFd) -> io::Result<()> {
-    set(fd.as_fd(), libc::IPPROTO_TCP, libc::TCP_REPAIR, &1i32)
+    set_option(fd.as_fd(), libc::IPPROTO_TCP, libc::TCP_REPAIR, &1i32)
 }
 
 /// Ends a frozen socket without a word and at once: closing its descriptor alone may come later,
@@ -88,9 +83,9 @@ pub fn vanish(fd: impl AsFd) -> io::Result<()> {
 /// Undoes [`freeze`], without a probe of the window.
 pub fn thaw(fd: impl AsFd) {
     const TCP_REPAIR_OFF_NO_WP: i32 = -1;
-    let _ = set(fd.as_fd(), libc::IPPROTO_TCP, libc::TCP_REPAIR, &TCP_REPAIR_OFF_NO_WP);
+    let _ = set_option(fd.as_fd(), libc::IPPROTO_TCP, libc::TCP_REPAIR, &TCP_REPAIR_OFF_NO_WP);
     // Leaving the frozen state clears it; a listener on this port would be blocked.
-    let _ = set(fd.as_fd(), libc::SOL_SOCKET, libc::SO_REUSEADDR, &1i32);
+    let _ = set_option(fd.as_fd(), libc::SOL_SOCKET, libc::SO_REUSEADDR, &1i32);
 }
 
 /// Of a frozen socket: the next sequence number that it expects, and the next that it would write.
@@ -98,24 +93,10 @@ pub fn sequence_numbers(fd: impl AsFd) -> io::Result<(u32, u32)> {
     const TCP_RECV_QUEUE: i32 = 1;
     const TCP_SEND_QUEUE: i32 = 2;
     let of = |queue: i32| {
-        set(fd.as_fd(), libc::IPPROTO_TCP, libc::TCP_REPAIR_QUEUE, &queue)?;
+        set_option(fd.as_fd(), libc::IPPROTO_TCP, libc::TCP_REPAIR_QUEUE, &queue)?;
         get(fd.as_fd(), libc::TCP_QUEUE_SEQ)
     };
     Ok((of(TCP_RECV_QUEUE)?, of(TCP_SEND_QUEUE)?))
-}
-
-fn set<T>(fd: BorrowedFd<'_>, level: i32, option: i32, value: &T) -> io::Result<()> {
-    // SAFETY: pointer and length describe `value`, which the kernel only reads.
-    let status = unsafe {
-        libc::setsockopt(
-            fd.as_raw_fd(),
-            level,
-            option,
-            std::ptr::from_ref(value).cast(),
-            size_of::<T>() as libc::socklen_t,
-        )
-    };
-    if status == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 fn get(fd: BorrowedFd<'_>, option: i32) -> io::Result<u32> {

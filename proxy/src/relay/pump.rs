@@ -20,6 +20,14 @@ use crate::socket::{Downstream, Socket, Upstream};
 /// Bytes that one direction may move before others on its thread get a turn.
 const TURN: usize = 1024 * 1024;
 
+/// The same while a better engine is about to look at the connection, which wants little in our
+/// hands: it gets its turn after so much. And the window that sources may fill meanwhile; it is
+/// what the kernel gives a connection to begin with, before it tunes it.
+const YOUNG_TURN: usize = 64 * 1024;
+
+/// Bytes in one read after which the kernel may have tuned the window.
+const TUNES: usize = 8 * 1024;
+
 /// Bytes in one splice below which copying is cheaper than the pipe.
 const WORTH_A_PIPE: usize = 16 * 1024;
 
@@ -93,6 +101,7 @@ pub fn run<'a>(
         up: AtomicU64::new(moved.up),
         down: AtomicU64::new(moved.down),
         is_resumed: moved != Moved::default(),
+        is_young: pause.is_some() && moved == Moved::default(),
         in_pipe: AtomicU8::new(0),
         first_to_end: OnceLock::new(),
     };
@@ -136,6 +145,7 @@ pub(crate) async fn last_words(
         up: AtomicU64::new(moved.up),
         down: AtomicU64::new(moved.down),
         is_resumed: true,
+        is_young: false,
         in_pipe: AtomicU8::new(0),
         first_to_end: OnceLock::new(),
     };
@@ -154,6 +164,8 @@ struct Relay<'a> {
     down: AtomicU64,
     /// Bytes may wait in the sockets of which the reactor does not tell again.
     is_resumed: bool,
+    /// This is the run before the first look of a better engine.
+    is_young: bool,
     /// Directions that have bytes in a pipe, one bit each ([`Side::bit`]).
     in_pipe: AtomicU8,
     /// The side whose stream ended first.
@@ -248,11 +260,11 @@ impl Relay<'_> {
             let mut queued = self.is_resumed;
             let mut turn = 0;
             loop {
-                if bulk && !queued && self.pool.is_some() {
+                if bulk && !queued && !self.is_young() && self.pool.is_some() {
                     match Box::pin(self.through_pipe(from)).await? {
                         Piped::Moved(count) => {
                             bulk = count >= WORTH_A_PIPE;
-                            take_turns(&mut turn, count).await;
+                            take_turns(&mut turn, count, TURN).await;
                             continue;
                         }
                         // The reactor now believes that nothing is left, but see `Lent::fill`.
@@ -266,10 +278,12 @@ impl Relay<'_> {
                     Ok(Step::Moved(count)) => {
                         bulk = count == CHUNK || (bulk && count >= WORTH_A_PIPE);
                         self.count(from, count);
-                        take_turns(&mut turn, count).await;
+                        self.stay_small(from, count);
+                        take_turns(&mut turn, count, self.turn()).await;
                     }
                     Ok(Step::Full(count)) => {
                         self.count(from, count);
+                        self.stay_small(from, count);
                         Box::pin(self.room_at(from.other())).await?;
                     }
                     Ok(Step::DestinationFull) => Box::pin(self.room_at(from.other())).await?,
@@ -279,6 +293,24 @@ impl Relay<'_> {
                     Err(Fault::Destination(error)) => return Err(fault(from.other(), &error)),
                 }
             }
+        }
+    }
+
+    /// Whether the first look is still to come. With a direction at its end there will be none.
+    fn is_young(&self) -> bool {
+        self.is_young && self.first_to_end.get().is_none()
+    }
+
+    /// How much one direction may move at once.
+    fn turn(&self) -> usize {
+        if self.is_young() { YOUNG_TURN } else { TURN }
+    }
+
+    /// Keeps the kernel from inviting megabytes: it tunes the window for a source whose bytes are
+    /// read fast, and what it has once announced it cannot take back.
+    fn stay_small(&self, from: Side, moved: usize) {
+        if self.is_young() && moved >= TUNES {
+            self.socket(from).clamp_window(Some(YOUNG_TURN as u32));
         }
     }
 
@@ -328,6 +360,9 @@ impl Relay<'_> {
     fn pass_on_the_end(&self, from: Side) -> Result<(), Reason> {
         let shut = self.socket(from.other()).shutdown_write();
         shut.map_err(|error| fault(from.other(), &error))?;
+        if self.is_young() {
+            self.socket(from.other()).clamp_window(None);
+        }
         self.first_to_end.get_or_init(|| from);
         Ok(())
     }
@@ -472,9 +507,9 @@ enum Watched {
 
 /// Lets others on this thread run once a turn's worth was moved. A small message costs the thread
 /// as much as some kilobytes of a large one.
-async fn take_turns(turn: &mut usize, moved: usize) {
+async fn take_turns(turn: &mut usize, moved: usize, whole: usize) {
     *turn += moved.max(4096);
-    if *turn >= TURN {
+    if *turn >= whole {
         *turn = 0;
         tokio::task::yield_now().await;
     }

@@ -8,6 +8,7 @@ use crate::config::{EndpointConfig, EndpointMode, Host, HostPort, UpstreamAddrs}
 use crate::drain::Drain;
 use crate::endpoints::{connect, run};
 use crate::metrics::Metrics;
+use crate::packet::eventually::Eventually;
 use crate::readiness::Readiness;
 use crate::upstream::Upstream;
 
@@ -29,7 +30,7 @@ async fn run_with(config: EndpointConfig, metrics: Arc<Metrics>, drain: &Drain) 
         &UpstreamAddrs(vec![loopback]),
         Duration::from_secs(1),
         elsewhere,
-        None,
+        Eventually::default(),
         Arc::clone(&metrics),
     );
     let readiness = Readiness::new(drain.watcher(), Arc::new(upstream));
