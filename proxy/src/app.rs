@@ -18,7 +18,7 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 use tracing::{debug, error, info, warn};
 
-use crate::config::{Config, EndpointMode};
+use crate::config::{Config, EndpointMode, Host, HostPort};
 use crate::drain::Drain;
 use crate::metrics::{Metrics, Refresh};
 use crate::packet::selftest::{self, Verdict};
@@ -117,6 +117,14 @@ impl App {
         let timeout = config.connect_timeout;
         let places = Arc::new(Semaphore::new(config.max_connections));
         let packet = start_packet(config, listening, &places, &metrics, &side)?;
+        if let Some(packet) = &packet {
+            packet.bound_segments_of(&listener)?;
+            for HostPort { host, port } in &config.upstream.0 {
+                if let Host::Ip(ip) = host {
+                    packet.expect_upstream(SocketAddr::new(*ip, *port));
+                }
+            }
+        }
         let upstream = Upstream::new(
             &config.upstream,
             timeout,

@@ -11,6 +11,7 @@
 //! - [`eligible`]: whether two connections can be joined; [`switch`]: how it is done
 //! - [`ends`]: what happens to a switched connection later; [`inject`]: segments in its name
 //! - [`selftest`]: two connections of our own, before anybody else's
+//! - [`segments`]: that neither end sends more at once than the other takes
 //! - [`ports`], [`conntrack`]: that nobody else gets what a switched connection uses
 
 pub mod attach;
@@ -26,6 +27,7 @@ pub mod paths;
 pub mod pins;
 pub mod ports;
 pub mod routes;
+pub mod segments;
 pub mod selftest;
 pub mod switch;
 pub mod table;
@@ -41,8 +43,8 @@ use anyhow::{Context as _, Result};
 use aya::Ebpf;
 use aya::maps::{MapData, PerCpuArray, RingBuf};
 use proxy_common::{
-    CLIENT, Counter, Half, PHASE_SETTLED, Record, SERVER, Seen, Tuple, WATCH_LOCAL, WATCH_REMOTE,
-    names,
+    CLIENT, Counter, Half, PHASE_SETTLED, Record, SEEN_ALL, SERVER, Seen, TcpOptions, Tuple,
+    WATCH_LOCAL, WATCH_REMOTE, names,
 };
 use rustix::io::Errno;
 use socket2::{SockAddr, SockRef};
@@ -54,6 +56,7 @@ use crate::config::PacketConfig;
 use crate::control::{Connections, Row, Which};
 use crate::metrics::Metrics;
 use crate::relay::Moment;
+use crate::socket::Socket;
 use conntrack::Conntrack;
 use eligible::Ineligible;
 use grace::Grace;
@@ -63,6 +66,7 @@ use object::{Hold, Object, Watched};
 use paths::Paths;
 use pins::Pins;
 use ports::{Port, PortPool};
+use segments::Segments;
 use table::{Slot, Table};
 
 /// When a connection is looked at: short ones end before either. Connect-request-close takes well
@@ -93,6 +97,9 @@ pub struct Packet {
     seen: Mutex<aya::maps::HashMap<MapData, Tuple, Seen>>,
     watched: Mutex<(Watched, HashSet<SocketAddr>)>,
     machinery: Mutex<Machinery>,
+    segments: Mutex<Segments>,
+    /// See [`segments::is_probing`].
+    is_probing: bool,
     conntrack: Mutex<Option<Conntrack>>,
     /// Names that switched connections have only behind address translation.
     guards: Mutex<HashMap<u32, Tuple>>,
@@ -178,6 +185,8 @@ impl Packet {
             max_rtt: config.max_rtt,
             seen: Mutex::new(seen),
             watched: Mutex::new((watched, HashSet::new())),
+            segments: Mutex::default(),
+            is_probing: segments::is_probing(),
             machinery: Mutex::new(Machinery { ebpf, paths, _hold: hold }),
             conntrack: Mutex::new(Conntrack::open().unwrap_or_default()),
             guards: Mutex::default(),
@@ -194,6 +203,8 @@ impl Packet {
             _presence: presence,
         });
         packet.watch(listening, WATCH_LOCAL);
+        let largest_mtu = lock(&packet.machinery).paths.largest_mtu();
+        lock(&packet.segments).note_largest_mtu(largest_mtu);
         packet.take_over().context("taking over")?;
         Ok((packet, News { events, watch }))
     }
@@ -257,8 +268,10 @@ impl Packet {
 
     /// Leaves the switched connections to a successor: from here on nothing is switched, and no
     /// record is changed any more. Ends when that is so; pins can be opened by another process
-    /// then. Without pins there is no successor, and nothing happens.
+    /// then. Without pins there is no successor, and nothing happens
+    /// but that the listener may be closed.
     pub async fn hand_over(&self) {
+        lock(&self.segments).let_go();
         if !self.is_pinned {
             return;
         }
@@ -318,20 +331,66 @@ impl Packet {
         lock(&self.seen).get(&tuple, 0).ok()
     }
 
-    /// Has the programs keep handshakes with `end`.
-    fn watch(&self, end: SocketAddr, role: u32) {
+    /// Has the programs keep handshakes with `end`. Whether that is new.
+    fn watch(&self, end: SocketAddr, role: u32) -> bool {
         let mut watched = lock(&self.watched);
         let (map, known) = &mut *watched;
-        if known.len() < LEARNED && known.insert(end) {
+        let is_new = known.len() < LEARNED && known.insert(end);
+        if is_new {
             // A full map means that its connections are not switched; nothing else.
             let _ = map.add(end, role);
+        }
+        is_new
+    }
+
+    /// Has clients of this listener told what the servers take.
+    ///
+    /// # Errors
+    /// Those of dup(2).
+    pub fn bound_segments_of(&self, listener: &std::net::TcpListener) -> std::io::Result<()> {
+        let listener = listener.try_clone()?;
+        lock(&self.segments).tell(listener.into());
+        Ok(())
+    }
+
+    /// Has handshakes with an upstream address kept, and finds out what the way there takes: the
+    /// earlier, the fewer clients are told without it.
+    pub fn expect_upstream(&self, address: SocketAddr) {
+        if self.watch(address, WATCH_REMOTE) {
+            let hop = lock(&self.machinery).paths.towards_server(address.ip());
+            lock(&self.segments).note_way(address, hop);
+        }
+    }
+
+    /// What a client says that it takes at once, if that is known; for [`Self::prepare_upstream`].
+    #[must_use]
+    pub fn segment_of(&self, client: &Socket) -> Option<u16> {
+        if self.is_probing { None } else { segments::of_client(client) }
+    }
+
+    /// What a server says that it takes at once.
+    fn note_server(&self, server: SocketAddr, seen: &Seen) {
+        let options = seen.server.options;
+        if seen.state == SEEN_ALL && options.has(TcpOptions::HAS_MSS) {
+            lock(&self.segments).note_announced(server, options.mss);
         }
     }
 
     /// Has handshakes with an upstream address kept, and gives the socket that will be connected
-    /// to it a port that nobody else uses while the connection lives on without a socket.
-    pub fn prepare_upstream(&self, socket: &SockRef<'_>, address: SocketAddr) -> Option<Port> {
-        self.watch(address, WATCH_REMOTE);
+    /// to it a port that nobody else uses while the connection lives on without a socket. The
+    /// server is told to send no more at once than the client takes.
+    pub fn prepare_upstream(
+        &self,
+        socket: &SockRef<'_>,
+        address: SocketAddr,
+        client: Option<u16>,
+    ) -> Option<Port> {
+        self.expect_upstream(address);
+        let bound = client.and_then(|client| lock(&self.segments).bound(address, client));
+        if let Some(bytes) = bound {
+            // If it is refused the connection stays in userspace; nothing else.
+            let _ = tcp::bound_segments(&**socket, bytes);
+        }
         // Some ports are taken by others who asked for them by number.
         for _ in 0..4 {
             let port = self.ports.take()?;
@@ -533,6 +592,13 @@ impl Packet {
             }
             Err(error) => return tracing::warn!(%error, "devices cannot be listed"),
         }
+        let mut segments = lock(&self.segments);
+        segments.note_largest_mtu(paths.largest_mtu());
+        for server in segments.servers() {
+            let hop = paths.towards_server(server.ip());
+            segments.note_way(server, hop);
+        }
+        drop(segments);
         for slot in self.table.in_use() {
             let Some(record) = self.table.read(slot) else { continue };
             for (side, half) in record.halves.iter().enumerate() {

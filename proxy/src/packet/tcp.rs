@@ -39,6 +39,18 @@ pub fn clamp_window(fd: impl AsFd, bytes: u32) {
     let _ = set(fd.as_fd(), libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP, &bytes);
 }
 
+/// Bytes of data that fit into a segment to the peer, beside the options of every segment; of a
+/// listener what [`bound_segments`] said.
+pub fn segment(fd: impl AsFd) -> io::Result<u32> {
+    get(fd.as_fd(), libc::TCP_MAXSEG)
+}
+
+/// Has the handshake of this socket, or those of this listener, ask for segments of at most so many
+/// bytes (beside the fixed headers) in either direction. 0: as many as the device takes.
+pub fn bound_segments(fd: impl AsFd, bytes: u32) -> io::Result<()> {
+    set(fd.as_fd(), libc::IPPROTO_TCP, libc::TCP_MAXSEG, &bytes)
+}
+
 /// Has the kernel drop whatever arrives, but for bare acknowledgements. Dropped segments are not
 /// acknowledged, so their sender sends them again.
 pub fn fence(fd: impl AsFd) -> io::Result<()> {
