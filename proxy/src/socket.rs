@@ -395,6 +395,16 @@ impl Info {
         Self { raw }
     }
 
+    /// The same with these round trips: the average, and the smallest if one was measured.
+    #[cfg(test)]
+    #[must_use]
+    pub fn with_round_trips(mut self, average: Duration, smallest: Option<Duration>) -> Self {
+        let micros = |time: Duration| u32::try_from(time.as_micros()).unwrap_or(u32::MAX);
+        self.raw[68..72].copy_from_slice(&micros(average).to_ne_bytes());
+        self.raw[148..152].copy_from_slice(&smallest.map_or(u32::MAX, micros).to_ne_bytes());
+        self
+    }
+
     fn word(&self, at: usize) -> u32 {
         let bytes: [u8; 4] = self.raw[at..at + 4].try_into().unwrap_or_default();
         u32::from_ne_bytes(bytes)

@@ -74,7 +74,7 @@ impl Ground {
             .flag("bpffs", "off")
             .flag("listen-addr", "[::]:0")
             // The machine may be busy with something else.
-            .flag("packet-max-rtt", "1s")
+            .flag("packet-max-rtt", "10s")
             .flag("admin-socket", folder.path().join("admin.sock").display());
         for (name, value) in flags {
             launch = launch.flag(name, value);
@@ -125,7 +125,7 @@ impl Ground {
         until_or(
             &format!("{count} connections are relayed by the kernel"),
             || relayed() == f64::from(count),
-            || format!("{} are; those that stay: [{}]", relayed(), reasons()),
+            || format!("but {:?}; those that stay: [{}]", relayed().abs(), reasons()),
         );
         until("the node has no sockets", || facts::connections(&self.row.node) == 0);
     }
