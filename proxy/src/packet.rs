@@ -12,7 +12,7 @@
 //! - [`ends`]: what happens to a switched connection later; [`inject`]: segments in its name
 //! - [`selftest`]: two connections of our own, before anybody else's
 //! - [`segments`]: that neither end sends more at once than the other takes
-//! - [`ports`], [`conntrack`]: that nobody else gets what a switched connection uses
+//! - [`ports`], [`conntrack`], [`tracking`]: that nobody else gets what a switched connection uses
 
 pub mod attach;
 pub mod conntrack;
@@ -32,10 +32,11 @@ pub mod selftest;
 pub mod switch;
 pub mod table;
 pub mod tcp;
+pub mod tracking;
 
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -68,6 +69,7 @@ use pins::Pins;
 use ports::{Port, PortPool};
 use segments::Segments;
 use table::{Slot, Table};
+use tracking::Tracking;
 
 /// When a connection is looked at: short ones end before either. Connect-request-close takes well
 /// under a millisecond on a fast network, and a `kubectl get` with its TLS handshake some ten.
@@ -82,11 +84,6 @@ pub const LOOKS: u8 = 6;
 /// Original destinations that clients may teach us to watch.
 const LEARNED: usize = 256;
 
-/// How often conntrack is told that switched connections live, and for how long it then believes
-/// it at least. (The kernel's own time is days; some hosts have it shorter.)
-const KEEP_TRACKED: Duration = Duration::from_secs(30 * 60);
-const TRACKED: Duration = Duration::from_secs(4 * 60 * 60);
-
 /// The engine.
 pub struct Packet {
     table: Table,
@@ -100,7 +97,7 @@ pub struct Packet {
     segments: Mutex<Segments>,
     /// See [`segments::is_probing`].
     is_probing: bool,
-    conntrack: Mutex<Option<Conntrack>>,
+    tracking: Arc<Tracking>,
     /// Names that switched connections have only behind address translation.
     guards: Mutex<HashMap<u32, Tuple>>,
     counters: PerCpuArray<MapData, u64>,
@@ -114,9 +111,6 @@ pub struct Packet {
     /// Read by whoever changes records; written once, when they are a successor's.
     turn: Arc<RwLock<()>>,
     leaving: CancellationToken,
-    /// Whether a task keeps conntrack's entries.
-    is_tracking: AtomicBool,
-    runtime: tokio::runtime::Handle,
     /// See [`pins::be_present`].
     _presence: std::fs::File,
 }
@@ -177,6 +171,9 @@ impl Packet {
         let ports = PortPool::reserve(note.as_deref()).context("local ports")?;
         let paths = Paths::open(&mut ebpf, config.attach, directory);
         let paths = paths.context("attaching to devices")?;
+        let runtime = tokio::runtime::Handle::current();
+        let conntrack = Conntrack::open().unwrap_or_default();
+        let tracking = Tracking::new(conntrack, tracking::PERIOD, runtime);
         let packet = Arc::new(Self {
             table,
             grace,
@@ -188,7 +185,7 @@ impl Packet {
             segments: Mutex::default(),
             is_probing: segments::is_probing(),
             machinery: Mutex::new(Machinery { ebpf, paths, _hold: hold }),
-            conntrack: Mutex::new(Conntrack::open().unwrap_or_default()),
+            tracking: Arc::new(tracking),
             guards: Mutex::default(),
             counters,
             metrics,
@@ -198,8 +195,6 @@ impl Packet {
             pins: Mutex::new(pins),
             turn: Arc::default(),
             leaving: CancellationToken::new(),
-            is_tracking: AtomicBool::new(false),
-            runtime: tokio::runtime::Handle::current(),
             _presence: presence,
         });
         packet.watch(listening, WATCH_LOCAL);
@@ -230,7 +225,7 @@ impl Packet {
                     // hands is lost. Not findable: all was over but the last grace period.
                     if self.table.unlink(slot, guards.remove(&slot.index)) {
                         self.reset_both(&record);
-                        self.untrack(&record);
+                        self.tracking.untrack(tracked(&record));
                     }
                     left.push(slot);
                 }
@@ -446,55 +441,19 @@ impl Packet {
         self.metrics.packet_switch.observe(took.as_secs_f64());
         self.count_live(1);
         if let Some(record) = self.table.read(slot) {
-            self.track(&record, tracked_time());
+            self.tracking.track(tracked(&record));
         }
         self.keep_tracked();
     }
 
-    /// Has conntrack keep its entries for so long from now. It sees no more segments.
-    fn track(&self, record: &Record, time: Duration) {
-        if let Some(conntrack) = &mut *lock(&self.conntrack) {
-            for tuple in tracked(record) {
-                // Few connections have entries.
-                let _ = conntrack.refresh(tuple, time);
-            }
-        }
-    }
-
-    fn untrack(&self, record: &Record) {
-        if let Some(conntrack) = &mut *lock(&self.conntrack) {
-            for tuple in tracked(record) {
-                let _ = conntrack.delete(tuple);
-            }
-        }
-    }
-
-    /// Tells conntrack again and again, as long as there are switched connections.
+    /// Has conntrack's entries kept, as long as there are switched connections.
     fn keep_tracked(self: &Arc<Self>) {
-        if lock(&self.conntrack).is_none() || self.is_tracking.swap(true, Ordering::AcqRel) {
-            return;
-        }
         let packet = Arc::clone(self);
-        self.runtime.spawn(async move {
-            while !packet.table.in_use().is_empty() {
-                let keeper = Arc::clone(&packet);
-                let kept = tokio::task::spawn_blocking(move || {
-                    let time = tracked_time();
-                    for slot in keeper.table.in_use() {
-                        if let Some(record) = keeper.table.read(slot) {
-                            keeper.track(&record, time);
-                        }
-                    }
-                });
-                let _ = kept.await;
-                tokio::select! {
-                    () = tokio::time::sleep(KEEP_TRACKED) => {}
-                    () = packet.left() => return,
-                }
-            }
-            // One that was switched just now, too late for the condition, is told of by the next.
-            packet.is_tracking.store(false, Ordering::Release);
-        });
+        let living = move || {
+            let slots = packet.table.in_use().into_iter();
+            slots.filter_map(|slot| packet.table.read(slot)).map(|r| tracked(&r)).collect()
+        };
+        self.tracking.keep(living, self.leaving.clone());
     }
 
     fn count_live(&self, change: i64) {
@@ -535,7 +494,7 @@ impl Packet {
         self.release(slot);
         self.ports.give_back(record.halves[SERVER].local.port);
         self.free_place();
-        self.untrack(record);
+        self.tracking.untrack(tracked(record));
     }
 
     /// RST to both ends, with the numbers that they expect. Where an end has moved on meanwhile, it
@@ -727,18 +686,11 @@ pub fn end_all_pinned(directory: &std::path::Path) -> Result<usize> {
 }
 
 /// What conntrack may know the connection by.
-fn tracked(record: &Record) -> [conntrack::Tuple; 2] {
+fn tracked(record: &Record) -> tracking::Names {
     let [client, server] = &record.halves;
     [(client.remote, client.local), (server.local, server.remote)].map(|(source, destination)| {
         conntrack::Tuple { source: source.into(), destination: destination.into() }
     })
-}
-
-/// How long conntrack keeps connections that it sees, and at least [`TRACKED`].
-fn tracked_time() -> Duration {
-    let path = "/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_established";
-    let usual = std::fs::read_to_string(path).ok().and_then(|text| text.trim().parse().ok());
-    usual.map_or(TRACKED, Duration::from_secs).max(TRACKED)
 }
 
 /// Milliseconds since 1970.

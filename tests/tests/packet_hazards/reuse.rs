@@ -17,6 +17,8 @@ fn comes_back(ground: &Ground, from: std::net::SocketAddr, ends: usize) {
     server.receive_stream(7, 100_000);
     server.send_stream(8, 100_000);
     client.receive_stream(8, 100_000);
+    // Nothing of the old connection is in the way.
+    ground.await_switched(1);
     client.finish();
     server.expect_eof();
     server.finish();
