@@ -58,11 +58,10 @@ fn forged_ones_are_taken_back(family: Family) {
     let ends = [(&row.client, row.before), (&row.server, row.behind)];
     let sniffers = ends.map(|(host, wire)| Sniffer::start(host, &wire.device()));
     traffic.pass(&connection, 100_000);
+    // After the last byte, in the numbers of that wire.
     let last = |side: usize, way: Way| {
-        let data = sniffers[side].so_far().into_iter().filter(|s| s.way == way && s.len > 0);
-        let ends = data.map(|s| s.seq.wrapping_add(s.len as u32));
-        let last = ends.reduce(|a, b| if b.wrapping_sub(a) as i32 > 0 { b } else { a });
-        last.expect("bytes passed")
+        let first = sniffers[side].await_segment("bytes", |s| s.way == way && s.len > 0);
+        first.seq.wrapping_add(traffic.bytes() as u32)
     };
     let [next, got] = [Way::Out, Way::In].map(|way| last(0, way));
     let [from, to] = connection.front;
