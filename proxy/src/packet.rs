@@ -106,13 +106,11 @@ pub struct Packet {
     /// Connections taken over beyond `--max-connections`: so many of those that end free no place.
     owed: AtomicUsize,
     is_pinned: bool,
-    /// Held until the pins are a successor's.
-    pins: Mutex<Option<Pins>>,
+    /// Held until both are a successor's: see [`pins::be_the_one`].
+    hold: Mutex<(Option<Pins>, Option<std::fs::File>)>,
     /// Read by whoever changes records; written once, when they are a successor's.
     turn: Arc<RwLock<()>>,
     leaving: CancellationToken,
-    /// See [`pins::be_present`].
-    _presence: std::fs::File,
 }
 
 struct Machinery {
@@ -146,7 +144,7 @@ impl Packet {
         places: Arc<Semaphore>,
         metrics: Arc<Metrics>,
     ) -> Result<(Arc<Self>, News)> {
-        let presence = pins::be_present().context("/proc")?;
+        let namespace = pins::be_the_one()?;
         let grace = Grace::start().context("membarrier(2)")?;
         let injector = Injector::new().context("raw sockets (capability NET_RAW)")?;
         // Opened before devices and routes are looked at, so that no change falls in between.
@@ -192,10 +190,9 @@ impl Packet {
             places,
             owed: AtomicUsize::new(0),
             is_pinned: pins.is_some(),
-            pins: Mutex::new(pins),
+            hold: Mutex::new((pins, Some(namespace))),
             turn: Arc::default(),
             leaving: CancellationToken::new(),
-            _presence: presence,
         });
         packet.watch(listening, WATCH_LOCAL);
         let largest_mtu = lock(&packet.machinery).paths.largest_mtu();
@@ -273,7 +270,7 @@ impl Packet {
         self.leaving.cancel();
         // Waits for what is under way. Never given back.
         std::mem::forget(Arc::clone(&self.turn).write_owned().await);
-        *lock(&self.pins) = None;
+        *lock(&self.hold) = (None, None);
     }
 
     /// Ends when a successor may come.
