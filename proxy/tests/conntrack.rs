@@ -83,8 +83,7 @@ impl Hosts {
     }
 
     fn count(&self) -> u32 {
-        let path = "/proc/sys/net/netfilter/nf_conntrack_count";
-        let text = self.node.run(move || std::fs::read_to_string(path)).expect("conntrack");
+        let text = self.node.read("/proc/sys/net/netfilter/nf_conntrack_count");
         text.trim().parse().expect("a number")
     }
 }
