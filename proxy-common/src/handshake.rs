@@ -164,7 +164,8 @@ pub enum Counter {
     Unfit = 3,
     /// A segment of a switched connection reached the stack, and was swallowed.
     Guarded = 4,
-    /// A segment of a switched connection was larger than its device takes, and was dropped.
+    /// A segment of a switched connection was larger than its device takes, and was dropped; or a
+    /// router further on said so of one. Its sender is told.
     TooBig = 5,
     /// An event did not fit into its ring buffer.
     EventLost = 6,

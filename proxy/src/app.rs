@@ -5,6 +5,7 @@
 
 use std::io::Write as _;
 use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 use std::panic::PanicHookInfo;
 use std::pin::pin;
 use std::process::ExitCode;
@@ -18,7 +19,7 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 use tracing::{debug, error, info, warn};
 
-use crate::config::{Config, EndpointMode, PacketConfig};
+use crate::config::{Config, EndpointMode, Host, HostPort, PacketConfig, UpstreamAddrs};
 use crate::drain::Drain;
 use crate::metrics::{Metrics, Refresh};
 use crate::packet::eventually::Eventually;
@@ -121,6 +122,8 @@ impl App {
         let starter = Starter {
             config: config.packet.clone(),
             listening,
+            listener: bound.descriptor()?,
+            upstream: config.upstream.clone(),
             max_connections: config.max_connections,
             places: Arc::clone(&places),
             metrics: Arc::clone(&metrics),
@@ -254,6 +257,9 @@ impl App {
 struct Starter {
     config: PacketConfig,
     listening: SocketAddr,
+    /// A copy of the listener.
+    listener: OwnedFd,
+    upstream: UpstreamAddrs,
     max_connections: usize,
     places: Arc<Semaphore>,
     metrics: Arc<Metrics>,
@@ -294,6 +300,12 @@ impl Starter {
         let (places, metrics) = (Arc::clone(&self.places), Arc::clone(&self.metrics));
         let (packet, news) =
             Packet::start(&self.config, self.listening, self.max_connections, places, metrics)?;
+        packet.bound_segments_of(self.listener.try_clone()?);
+        for HostPort { host, port } in &self.upstream.0 {
+            if let Host::Ip(ip) = host {
+                packet.expect_upstream(SocketAddr::new(*ip, *port));
+            }
+        }
         if !self.packet.fill(&packet) {
             // The process ends.
             if !packet.is_pinned() {

@@ -11,7 +11,8 @@
 //! - [`eligible`]: whether two connections can be joined; [`switch`]: how it is done
 //! - [`ends`]: what happens to a switched connection later; [`inject`]: segments in its name
 //! - [`selftest`]: two connections of our own, before anybody else's; [`eventually`]: until then
-//! - [`ports`], [`conntrack`]: that nobody else gets what a switched connection uses
+//! - [`segments`]: that neither end sends more at once than the other takes
+//! - [`ports`], [`conntrack`], [`tracking`]: that nobody else gets what a switched connection uses
 
 pub mod attach;
 pub mod conntrack;
@@ -27,14 +28,17 @@ pub mod paths;
 pub mod pins;
 pub mod ports;
 pub mod routes;
+pub mod segments;
 pub mod selftest;
 pub mod switch;
 pub mod table;
 pub mod tcp;
+pub mod tracking;
 
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -42,8 +46,8 @@ use anyhow::{Context as _, Result};
 use aya::Ebpf;
 use aya::maps::{MapData, PerCpuArray, RingBuf};
 use proxy_common::{
-    CLIENT, Counter, Half, PHASE_SETTLED, Record, SERVER, Seen, Tuple, WATCH_LOCAL, WATCH_REMOTE,
-    names,
+    CLIENT, Counter, Half, PHASE_SETTLED, Record, SEEN_SYN_ACK, SERVER, Seen, TcpOptions, Tuple,
+    WATCH_LOCAL, WATCH_REMOTE, names,
 };
 use rustix::io::Errno;
 use socket2::{SockAddr, SockRef};
@@ -55,6 +59,7 @@ use crate::config::PacketConfig;
 use crate::control::{Connections, Row, Which};
 use crate::metrics::Metrics;
 use crate::relay::Moment;
+use crate::socket::Socket;
 use conntrack::Conntrack;
 use eligible::Ineligible;
 use eventually::Eventually;
@@ -65,7 +70,9 @@ use object::{Hold, Object, Watched};
 use paths::Paths;
 use pins::Pins;
 use ports::{Port, PortPool};
+use segments::Segments;
 use table::{Slot, Table};
+use tracking::Tracking;
 
 /// When a connection is looked at: short ones end before either. Connect-request-close takes well
 /// under a millisecond on a fast network, and a `kubectl get` with its TLS handshake some ten.
@@ -80,11 +87,6 @@ pub const LOOKS: u8 = 6;
 /// Original destinations that clients may teach us to watch.
 const LEARNED: usize = 256;
 
-/// How often conntrack is told that switched connections live, and for how long it then believes
-/// it at least. (The kernel's own time is days; some hosts have it shorter.)
-const KEEP_TRACKED: Duration = Duration::from_secs(30 * 60);
-const TRACKED: Duration = Duration::from_secs(4 * 60 * 60);
-
 /// The engine.
 pub struct Packet {
     table: Table,
@@ -95,7 +97,10 @@ pub struct Packet {
     seen: Mutex<aya::maps::HashMap<MapData, Tuple, Seen>>,
     watched: Mutex<(Watched, HashSet<SocketAddr>)>,
     machinery: Mutex<Machinery>,
-    conntrack: Mutex<Option<Conntrack>>,
+    segments: Mutex<Segments>,
+    /// See [`segments::is_probing`].
+    is_probing: bool,
+    tracking: Arc<Tracking>,
     /// Names that switched connections have only behind address translation.
     guards: Mutex<HashMap<u32, Tuple>>,
     counters: PerCpuArray<MapData, u64>,
@@ -104,16 +109,11 @@ pub struct Packet {
     /// Connections taken over beyond `--max-connections`: so many of those that end free no place.
     owed: AtomicUsize,
     is_pinned: bool,
-    /// Held until the pins are a successor's.
-    pins: Mutex<Option<Pins>>,
+    /// Held until both are a successor's: see [`pins::be_the_one`].
+    hold: Mutex<(Option<Pins>, Option<std::fs::File>)>,
     /// Read by whoever changes records; written once, when they are a successor's.
     turn: Arc<RwLock<()>>,
     leaving: CancellationToken,
-    /// Whether a task keeps conntrack's entries.
-    is_tracking: AtomicBool,
-    runtime: tokio::runtime::Handle,
-    /// See [`pins::be_present`].
-    _presence: std::fs::File,
 }
 
 struct Machinery {
@@ -147,7 +147,7 @@ impl Packet {
         places: Arc<Semaphore>,
         metrics: Arc<Metrics>,
     ) -> Result<(Arc<Self>, News)> {
-        let presence = pins::be_present().context("/proc")?;
+        let namespace = pins::be_the_one()?;
         let grace = Grace::start().context("membarrier(2)")?;
         let injector = Injector::new().context("raw sockets (capability NET_RAW)")?;
         // Opened before devices and routes are looked at, so that no change falls in between.
@@ -172,6 +172,9 @@ impl Packet {
         let ports = PortPool::reserve(note.as_deref()).context("local ports")?;
         let paths = Paths::open(&mut ebpf, config.attach, directory);
         let paths = paths.context("attaching to devices")?;
+        let runtime = tokio::runtime::Handle::current();
+        let conntrack = Conntrack::open().unwrap_or_default();
+        let tracking = Tracking::new(conntrack, tracking::PERIOD, runtime);
         let packet = Arc::new(Self {
             table,
             grace,
@@ -180,22 +183,23 @@ impl Packet {
             max_rtt: config.max_rtt,
             seen: Mutex::new(seen),
             watched: Mutex::new((watched, HashSet::new())),
+            segments: Mutex::default(),
+            is_probing: segments::is_probing(),
             machinery: Mutex::new(Machinery { ebpf, paths, _hold: hold }),
-            conntrack: Mutex::new(Conntrack::open().unwrap_or_default()),
+            tracking: Arc::new(tracking),
             guards: Mutex::default(),
             counters,
             metrics,
             places,
             owed: AtomicUsize::new(0),
             is_pinned: pins.is_some(),
-            pins: Mutex::new(pins),
+            hold: Mutex::new((pins, Some(namespace))),
             turn: Arc::default(),
             leaving: CancellationToken::new(),
-            is_tracking: AtomicBool::new(false),
-            runtime: tokio::runtime::Handle::current(),
-            _presence: presence,
         });
         packet.watch(listening, WATCH_LOCAL);
+        let largest_mtu = lock(&packet.machinery).paths.largest_mtu();
+        lock(&packet.segments).note_largest_mtu(largest_mtu);
         packet.take_over().context("taking over")?;
         Ok((packet, News { events, watch }))
     }
@@ -221,7 +225,7 @@ impl Packet {
                     // hands is lost. Not findable: all was over but the last grace period.
                     if self.table.unlink(slot, guards.remove(&slot.index)) {
                         self.reset_both(&record);
-                        self.untrack(&record);
+                        self.tracking.untrack(tracked(&record));
                     }
                     left.push(slot);
                 }
@@ -259,15 +263,17 @@ impl Packet {
 
     /// Leaves the switched connections to a successor: from here on nothing is switched, and no
     /// record is changed any more. Ends when that is so; pins can be opened by another process
-    /// then. Without pins there is no successor, and nothing happens.
+    /// then. Without pins there is no successor, and nothing happens
+    /// but that the listener may be closed.
     pub async fn hand_over(&self) {
+        lock(&self.segments).let_go();
         if !self.is_pinned {
             return;
         }
         self.leaving.cancel();
         // Waits for what is under way. Never given back.
         std::mem::forget(Arc::clone(&self.turn).write_owned().await);
-        *lock(&self.pins) = None;
+        *lock(&self.hold) = (None, None);
     }
 
     /// Ends when a successor may come.
@@ -320,20 +326,61 @@ impl Packet {
         lock(&self.seen).get(&tuple, 0).ok()
     }
 
-    /// Has the programs keep handshakes with `end`.
-    fn watch(&self, end: SocketAddr, role: u32) {
+    /// Has the programs keep handshakes with `end`. Whether that is new.
+    fn watch(&self, end: SocketAddr, role: u32) -> bool {
         let mut watched = lock(&self.watched);
         let (map, known) = &mut *watched;
-        if known.len() < LEARNED && known.insert(end) {
+        let is_new = known.len() < LEARNED && known.insert(end);
+        if is_new {
             // A full map means that its connections are not switched; nothing else.
             let _ = map.add(end, role);
+        }
+        is_new
+    }
+
+    /// Has clients of this listener told what the servers take.
+    pub fn bound_segments_of(&self, listener: OwnedFd) {
+        lock(&self.segments).tell(listener);
+    }
+
+    /// Has handshakes with an upstream address kept, and finds out what the way there takes: the
+    /// earlier, the fewer clients are told without it.
+    pub fn expect_upstream(&self, address: SocketAddr) {
+        if self.watch(address, WATCH_REMOTE) {
+            let hop = lock(&self.machinery).paths.towards_server(address.ip());
+            lock(&self.segments).note_way(address, hop);
+        }
+    }
+
+    /// What a client says that it takes at once, if that is known; for [`Self::prepare_upstream`].
+    #[must_use]
+    pub fn segment_of(&self, client: &Socket) -> Option<u16> {
+        if self.is_probing { None } else { segments::of_client(client) }
+    }
+
+    /// What a server says that it takes at once.
+    fn note_server(&self, server: SocketAddr, seen: &Seen) {
+        let options = seen.server.options;
+        if seen.state == SEEN_SYN_ACK && options.has(TcpOptions::HAS_MSS) {
+            lock(&self.segments).note_announced(server, options.mss);
         }
     }
 
     /// Has handshakes with an upstream address kept, and gives the socket that will be connected
-    /// to it a port that nobody else uses while the connection lives on without a socket.
-    pub fn prepare_upstream(&self, socket: &SockRef<'_>, address: SocketAddr) -> Option<Port> {
-        self.watch(address, WATCH_REMOTE);
+    /// to it a port that nobody else uses while the connection lives on without a socket. The
+    /// server is told to send no more at once than the client takes.
+    pub fn prepare_upstream(
+        &self,
+        socket: &SockRef<'_>,
+        address: SocketAddr,
+        client: Option<u16>,
+    ) -> Option<Port> {
+        self.expect_upstream(address);
+        let bound = client.and_then(|client| lock(&self.segments).bound(address, client));
+        if let Some(bytes) = bound {
+            // If it is refused the connection stays in userspace; nothing else.
+            let _ = tcp::bound_segments(&**socket, bytes);
+        }
         // Some ports are taken by others who asked for them by number.
         for _ in 0..4 {
             let port = self.ports.take()?;
@@ -389,55 +436,19 @@ impl Packet {
         self.metrics.packet_switch.observe(took.as_secs_f64());
         self.count_live(1);
         if let Some(record) = self.table.read(slot) {
-            self.track(&record, tracked_time());
+            self.tracking.track(tracked(&record));
         }
         self.keep_tracked();
     }
 
-    /// Has conntrack keep its entries for so long from now. It sees no more segments.
-    fn track(&self, record: &Record, time: Duration) {
-        if let Some(conntrack) = &mut *lock(&self.conntrack) {
-            for tuple in tracked(record) {
-                // Few connections have entries.
-                let _ = conntrack.refresh(tuple, time);
-            }
-        }
-    }
-
-    fn untrack(&self, record: &Record) {
-        if let Some(conntrack) = &mut *lock(&self.conntrack) {
-            for tuple in tracked(record) {
-                let _ = conntrack.delete(tuple);
-            }
-        }
-    }
-
-    /// Tells conntrack again and again, as long as there are switched connections.
+    /// Has conntrack's entries kept, as long as there are switched connections.
     fn keep_tracked(self: &Arc<Self>) {
-        if lock(&self.conntrack).is_none() || self.is_tracking.swap(true, Ordering::AcqRel) {
-            return;
-        }
         let packet = Arc::clone(self);
-        self.runtime.spawn(async move {
-            while !packet.table.in_use().is_empty() {
-                let keeper = Arc::clone(&packet);
-                let kept = tokio::task::spawn_blocking(move || {
-                    let time = tracked_time();
-                    for slot in keeper.table.in_use() {
-                        if let Some(record) = keeper.table.read(slot) {
-                            keeper.track(&record, time);
-                        }
-                    }
-                });
-                let _ = kept.await;
-                tokio::select! {
-                    () = tokio::time::sleep(KEEP_TRACKED) => {}
-                    () = packet.left() => return,
-                }
-            }
-            // One that was switched just now, too late for the condition, is told of by the next.
-            packet.is_tracking.store(false, Ordering::Release);
-        });
+        let living = move || {
+            let slots = packet.table.in_use().into_iter();
+            slots.filter_map(|slot| packet.table.read(slot)).map(|r| tracked(&r)).collect()
+        };
+        self.tracking.keep(living, self.leaving.clone());
     }
 
     fn count_live(&self, change: i64) {
@@ -478,7 +489,7 @@ impl Packet {
         self.release(slot);
         self.ports.give_back(record.halves[SERVER].local.port);
         self.free_place();
-        self.untrack(record);
+        self.tracking.untrack(tracked(record));
     }
 
     /// RST to both ends, with the numbers that they expect. Where an end has moved on meanwhile, it
@@ -535,6 +546,13 @@ impl Packet {
             }
             Err(error) => return tracing::warn!(%error, "devices cannot be listed"),
         }
+        let mut segments = lock(&self.segments);
+        segments.note_largest_mtu(paths.largest_mtu());
+        for server in segments.servers() {
+            let hop = paths.towards_server(server.ip());
+            segments.note_way(server, hop);
+        }
+        drop(segments);
         for slot in self.table.in_use() {
             let Some(record) = self.table.read(slot) else { continue };
             for (side, half) in record.halves.iter().enumerate() {
@@ -665,18 +683,11 @@ pub fn end_all_pinned(directory: &std::path::Path) -> Result<usize> {
 }
 
 /// What conntrack may know the connection by.
-fn tracked(record: &Record) -> [conntrack::Tuple; 2] {
+fn tracked(record: &Record) -> tracking::Names {
     let [client, server] = &record.halves;
     [(client.remote, client.local), (server.local, server.remote)].map(|(source, destination)| {
         conntrack::Tuple { source: source.into(), destination: destination.into() }
     })
-}
-
-/// How long conntrack keeps connections that it sees, and at least [`TRACKED`].
-fn tracked_time() -> Duration {
-    let path = "/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_established";
-    let usual = std::fs::read_to_string(path).ok().and_then(|text| text.trim().parse().ok());
-    usual.map_or(TRACKED, Duration::from_secs).max(TRACKED)
 }
 
 /// Milliseconds since 1970.

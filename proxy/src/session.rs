@@ -144,8 +144,9 @@ async fn dial(
     shared: &Shared,
     client: &Downstream,
 ) -> Result<(socket::Upstream, SocketAddr), &'static str> {
+    let segment = shared.packet.get().and_then(|packet| packet.segment_of(&client.0));
     tokio::select! {
-        dialled = shared.upstream.connect() => dialled.map_err(DialError::as_label),
+        dialled = shared.upstream.connect(segment) => dialled.map_err(DialError::as_label),
         _error = client.0.failed() => Err("client_gone"),
         () = shared.limits.drain.cut() => Err(relay::Reason::Cut.as_label()),
     }

@@ -325,6 +325,14 @@ impl Bound {
         self.address
     }
 
+    /// A copy of its descriptor, which is the listener's later.
+    ///
+    /// # Errors
+    /// No more descriptors.
+    pub fn descriptor(&self) -> io::Result<OwnedFd> {
+        Ok(self.socket.try_clone()?.into())
+    }
+
     /// Clients may come. Accepted sockets are ready for a relay.
     ///
     /// # Errors
@@ -429,6 +437,16 @@ impl Info {
         raw[6] = 0x77;
         raw[228..232].copy_from_slice(&64240u32.to_ne_bytes());
         Self { raw }
+    }
+
+    /// The same with these round trips: the average, and the smallest if one was measured.
+    #[cfg(test)]
+    #[must_use]
+    pub fn with_round_trips(mut self, average: Duration, smallest: Option<Duration>) -> Self {
+        let micros = |time: Duration| u32::try_from(time.as_micros()).unwrap_or(u32::MAX);
+        self.raw[68..72].copy_from_slice(&micros(average).to_ne_bytes());
+        self.raw[148..152].copy_from_slice(&smallest.map_or(u32::MAX, micros).to_ne_bytes());
+        self
     }
 
     fn word(&self, at: usize) -> u32 {

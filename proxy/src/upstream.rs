@@ -163,15 +163,19 @@ impl Upstream {
         }
     }
 
-    /// Connects to the first address that answers.
+    /// Connects to the first address that answers. The packet engine needs to know what the
+    /// client takes at once.
     ///
     /// # Errors
     /// None answered within --connect-timeout; the most telling of their errors.
-    pub async fn connect(&self) -> Result<(socket::Upstream, SocketAddr), DialError> {
+    pub async fn connect(
+        &self,
+        segment: Option<u16>,
+    ) -> Result<(socket::Upstream, SocketAddr), DialError> {
         let asked = Instant::now();
         let deadline = asked + self.connect_timeout;
         let known = self.candidates(asked, deadline, false).await;
-        let result = self.connect_to(known, asked, deadline).await;
+        let result = self.connect_to(known, segment, asked, deadline).await;
         // A shortage of this host says nothing about the upstream.
         if !matches!(result, Err(DialError::Local)) {
             self.note_contact(result.is_ok());
@@ -191,7 +195,7 @@ impl Upstream {
             Some(answer) => answer,
             // The probe's socket lingers with time zero and goes as RST: no TIME_WAIT, and the
             // server spends nothing on it beyond its accept.
-            None => self.connect().await.is_ok(),
+            None => self.connect(None).await.is_ok(),
         }
     }
 
@@ -199,10 +203,11 @@ impl Upstream {
     async fn connect_to(
         &self,
         known: Vec<SocketAddr>,
+        segment: Option<u16>,
         asked: Instant,
         deadline: Instant,
     ) -> Result<(socket::Upstream, SocketAddr), DialError> {
-        let error = match self.race(&known, deadline).await {
+        let error = match self.race(&known, segment, deadline).await {
             Ok(winner) => return Ok(winner),
             Err(error) => error,
         };
@@ -211,7 +216,7 @@ impl Upstream {
         }
         let mut fresh = self.candidates(asked, deadline, true).await;
         fresh.retain(|address| !known.contains(address));
-        if fresh.is_empty() { Err(error) } else { self.race(&fresh, deadline).await }
+        if fresh.is_empty() { Err(error) } else { self.race(&fresh, segment, deadline).await }
     }
 
     /// Starts with the first address and adds the next whenever one fails or keeps silent for
@@ -219,6 +224,7 @@ impl Upstream {
     async fn race(
         &self,
         addresses: &[SocketAddr],
+        segment: Option<u16>,
         deadline: Instant,
     ) -> Result<(socket::Upstream, SocketAddr), DialError> {
         let share = (deadline - Instant::now()) / u32::try_from(addresses.len() + 1).unwrap_or(1);
@@ -232,7 +238,7 @@ impl Upstream {
             if racing.is_empty() || Instant::now() >= next_start {
                 if let Some(address) = waiting.next() {
                     running.push((address, Instant::now()));
-                    racing.push(self.attempt(address));
+                    racing.push(self.attempt(address, segment));
                     next_start = Instant::now() + stagger;
                 } else if racing.is_empty() {
                     return Err(worst);
@@ -266,8 +272,12 @@ impl Upstream {
         }
     }
 
-    async fn attempt(&self, address: SocketAddr) -> (SocketAddr, io::Result<socket::Upstream>) {
-        let connected = self.connect_from_own_port(address).await;
+    async fn attempt(
+        &self,
+        address: SocketAddr,
+        segment: Option<u16>,
+    ) -> (SocketAddr, io::Result<socket::Upstream>) {
+        let connected = self.connect_from_own_port(address, segment).await;
         let checked = connected.and_then(|(socket, port)| {
             Ok(socket::Upstream(self.unless_own(address, socket)?, port.map(Box::new)))
         });
@@ -278,12 +288,14 @@ impl Upstream {
     async fn connect_from_own_port(
         &self,
         address: SocketAddr,
+        segment: Option<u16>,
     ) -> io::Result<(socket::Socket, Option<Port>)> {
         let Some(packet) = self.packet.get() else {
             return Ok((socket::Socket::connect(address, |_| ()).await?, None));
         };
         let mut port = None;
-        let prepare = |socket: &SockRef<'_>| port = packet.prepare_upstream(socket, address);
+        let prepare =
+            |socket: &SockRef<'_>| port = packet.prepare_upstream(socket, address, segment);
         match socket::Socket::connect(address, prepare).await {
             // Another connection of that port is in TIME_WAIT; the kernel finds a free one.
             Err(error) if port.is_some() && is_taken(&error) => {
@@ -435,11 +447,11 @@ mod tests {
         for listening in [ours, SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), ours.port())] {
             let mut upstream = upstream(&[ours]);
             upstream.listening = listening;
-            assert_eq!(upstream.connect().await.err(), Some(DialError::Loop));
+            assert_eq!(upstream.connect(None).await.err(), Some(DialError::Loop));
         }
         let mut upstream = upstream(&[ours]);
         upstream.listening = SocketAddr::new(Ipv4Addr::new(127, 0, 0, 2).into(), ours.port());
-        upstream.connect().await.expect("the same port of another address is fine");
+        upstream.connect(None).await.expect("the same port of another address is fine");
     }
 
     fn listener() -> (TcpListener, SocketAddr) {
@@ -458,7 +470,7 @@ mod tests {
         let (_open, open) = listener();
         let dead = closed();
         let upstream = upstream(&[dead, open]);
-        let (_, used) = upstream.connect().await.expect("the second answers");
+        let (_, used) = upstream.connect(None).await.expect("the second answers");
         assert_eq!(used, open);
         let order = upstream.candidates(Instant::now(), Instant::now() + STAGGER, false).await;
         assert_eq!(order, [open, dead]);
@@ -473,7 +485,7 @@ mod tests {
         let (_open, open) = listener();
         let upstream = upstream(&[open]);
         upstream.penalise(open);
-        upstream.connect().await.expect("it answers");
+        upstream.connect(None).await.expect("it answers");
         assert!(upstream.answers().await);
     }
 
@@ -485,7 +497,7 @@ mod tests {
         // As if a question were under way that no server answers.
         let _asking = name.block_questions().await;
         upstream.entries.insert(0, Entry { host: Source::Name(name), port: open.port() });
-        let (_, used) = upstream.connect().await.expect("the address answers");
+        let (_, used) = upstream.connect(None).await.expect("the address answers");
         assert_eq!(used, open);
     }
 
@@ -493,7 +505,7 @@ mod tests {
     async fn a_shortage_of_this_host_says_nothing_about_the_upstream() {
         let (_open, open) = listener();
         let upstream = upstream(&[open]);
-        upstream.connect().await.expect("it answers");
+        upstream.connect(None).await.expect("it answers");
         let contact = upstream.recent_contact();
         let error = io::Error::from_raw_os_error(libc::EADDRNOTAVAIL);
         upstream.note_attempt(open, None, Some(&error));
@@ -504,7 +516,7 @@ mod tests {
     #[tokio::test]
     async fn the_most_telling_error_is_reported() {
         let upstream = upstream(&[closed(), closed()]);
-        assert_eq!(upstream.connect().await.err(), Some(DialError::Refused));
+        assert_eq!(upstream.connect(None).await.err(), Some(DialError::Refused));
         assert!(!upstream.answers().await);
     }
 }

@@ -3,13 +3,17 @@
 
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use proxy::packet::conntrack::{Conntrack, Tuple, original_destination};
 use proxy::packet::inject::{Injector, Segment};
+use proxy::packet::tracking::Tracking;
 use proxy_tests::netns::{Host, Wire};
 use proxy_tests::segments::{Capture, numbers, vanish};
 use proxy_tests::wait::{BOUND, eventually, until};
+use tokio_util::sync::CancellationToken;
 
 const SERVICE_PORT: u16 = 443;
 const RST: u8 = 1 << 2;
@@ -79,8 +83,7 @@ impl Hosts {
     }
 
     fn count(&self) -> u32 {
-        let path = "/proc/sys/net/netfilter/nf_conntrack_count";
-        let text = self.node.run(move || std::fs::read_to_string(path)).expect("conntrack");
+        let text = self.node.read("/proc/sys/net/netfilter/nf_conntrack_count");
         text.trim().parse().expect("a number")
     }
 }
@@ -226,6 +229,58 @@ fn a_refreshed_entry_translates_numbers_that_it_has_not_seen() {
         vanish(client);
         vanish(server);
     }
+}
+
+/// However short the host's own time is.
+#[test]
+fn entries_are_kept_as_long_as_connections_live() {
+    const PERIOD: Duration = Duration::from_millis(50);
+    let hosts = Hosts::new();
+    let mut conntrack = hosts.conntrack();
+    let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+    let keeper = Tracking::new(Some(hosts.conntrack()), PERIOD, runtime.handle().clone());
+    let keeper = Arc::new(keeper);
+    let node = hosts.families()[0];
+    let Translated { client, server, service } = hosts.connect_to_service(node);
+    let tuple = Tuple { source: local(&client), destination: service };
+    // What the kernel knows nothing of does no harm.
+    let nobody = Tuple { source: local(&client), destination: local(&client) };
+    let living = Arc::new(AtomicBool::new(true));
+    let asked = Arc::new(AtomicUsize::new(0));
+    let keep = || {
+        let (living, asked) = (Arc::clone(&living), Arc::clone(&asked));
+        let list = move || {
+            asked.fetch_add(1, Ordering::SeqCst);
+            if living.load(Ordering::SeqCst) { vec![[nobody, tuple]] } else { Vec::new() }
+        };
+        keeper.keep(list, CancellationToken::new());
+    };
+    let mut about_to_expire_and_kept = || {
+        assert!(conntrack.refresh(tuple, BOUND * 2).expect("orders"));
+        until("it is kept", || {
+            let entry = conntrack.find(tuple.source, tuple.destination).expect("asks");
+            entry.expect("there").timeout > Duration::from_secs(3600)
+        });
+    };
+    keep();
+    // Again and again, and by one task alone.
+    for _ in 0..3 {
+        about_to_expire_and_kept();
+        keep();
+    }
+    living.store(false, Ordering::SeqCst);
+    let count = || asked.load(Ordering::SeqCst);
+    // Over once nobody lives; the next connection begins it anew.
+    until("the task has ended", || Arc::strong_count(&living) == 1);
+    let before = count();
+    living.store(true, Ordering::SeqCst);
+    keep();
+    about_to_expire_and_kept();
+    assert!(count() > before);
+    keeper.untrack([nobody, tuple]);
+    assert_eq!(conntrack.find(tuple.source, tuple.destination).expect("asks"), None);
+    vanish(client);
+    vanish(server);
 }
 
 fn local_of(listener: &TcpListener) -> SocketAddr {

@@ -15,8 +15,7 @@ fn host() -> Host {
 }
 
 fn reserved(host: &Host) -> String {
-    let text = host.run(|| std::fs::read_to_string(RESERVED)).expect("the setting");
-    text.trim().to_owned()
+    host.read(RESERVED).trim().to_owned()
 }
 
 fn reserve(host: &Host, note: Option<&Path>) -> PortPool {

@@ -55,10 +55,7 @@ pub struct Socket {
 
 #[track_caller]
 fn read(host: &Host, file: &str) -> String {
-    let path = format!("/proc/thread-self/net/{file}");
-    let shown = path.clone();
-    let text = host.run(move || std::fs::read_to_string(path));
-    text.unwrap_or_else(|e| panic!("on {}: {shown}: {e}", host.name()))
+    host.read(&format!("/proc/thread-self/net/{file}"))
 }
 
 /// All TCP sockets of `host`, of both families, whoever owns them.

@@ -95,6 +95,19 @@ impl Host {
         assert!(output.status.success(), "on {}: ip {arguments}: {error}", self.name);
     }
 
+    /// The text of a file that says something else on each host. (Such as those in
+    /// `/proc/thread-self/net`; `/proc/net` is that of the process's first thread.)
+    ///
+    /// # Panics
+    /// It cannot be read.
+    #[track_caller]
+    #[must_use]
+    pub fn read(&self, path: &str) -> String {
+        let file = path.to_owned();
+        let text = self.run(move || std::fs::read_to_string(file));
+        text.unwrap_or_else(|error| panic!("on {}: {path}: {error}", self.name))
+    }
+
     /// Sets `net.<name>` (as in `ipv4.tcp_wmem`) to `value` on this host alone.
     ///
     /// # Panics
@@ -200,9 +213,8 @@ impl Wire {
             let IpAddr::V6(ip) = self.v6(end) else { unreachable!("v6 is IPv6") };
             let digits: String = ip.octets().iter().map(|byte| format!("{byte:02x}")).collect();
             until(&format!("{ip} is {}'s own", host.name), || {
-                let routes =
-                    host.run(|| std::fs::read_to_string("/proc/thread-self/net/ipv6_route"));
-                routes.expect("readable").lines().any(|line| is_local(line, &digits))
+                let routes = host.read("/proc/thread-self/net/ipv6_route");
+                routes.lines().any(|line| is_local(line, &digits))
             });
         }
     }

@@ -2,12 +2,13 @@
 
 use std::io::{Read as _, Write as _};
 use std::mem::MaybeUninit;
-use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
 
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::netns::Host;
+use crate::sniff::{self, Way};
 use crate::wait::BOUND;
 
 /// `from` connects to `address` on `to`. The first of the two is the client's.
@@ -206,27 +207,14 @@ impl Capture {
 }
 
 fn parse(packet: &[u8]) -> Option<Seen> {
-    let word = |at: usize| Some(u16::from_be_bytes(packet.get(at..at + 2)?.try_into().ok()?));
-    let long = |at: usize| Some(u32::from_be_bytes(packet.get(at..at + 4)?.try_into().ok()?));
-    let six = |at: usize| -> Option<IpAddr> {
-        let octets: [u8; 16] = packet.get(at..at + 16)?.try_into().ok()?;
-        Some(Ipv6Addr::from(octets).into())
-    };
-    let (source, destination, tcp, end) = match packet.first()? >> 4 {
-        4 if packet.get(9) == Some(&6) => {
-            let ip = |at| Some(IpAddr::from(long(at)?.to_be_bytes()));
-            (ip(12)?, ip(16)?, usize::from(packet[0] & 15) * 4, usize::from(word(2)?))
-        }
-        6 if packet.get(6) == Some(&6) => (six(8)?, six(24)?, 40, 40 + usize::from(word(4)?)),
-        _ => return None,
-    };
-    let header = usize::from(*packet.get(tcp + 12)? >> 4) * 4;
+    // Which way it went does not matter here.
+    let seen = sniff::parse(packet, Way::In)?;
     Some(Seen {
-        source: SocketAddr::new(source, word(tcp)?),
-        destination: SocketAddr::new(destination, word(tcp + 2)?),
-        sequence: long(tcp + 4)?,
-        acknowledgement: long(tcp + 8)?,
-        flags: *packet.get(tcp + 13)?,
-        payload: end.checked_sub(tcp + header)?,
+        source: seen.source,
+        destination: seen.destination,
+        sequence: seen.seq,
+        acknowledgement: seen.ack,
+        flags: seen.flags,
+        payload: seen.len,
     })
 }

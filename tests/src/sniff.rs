@@ -228,7 +228,7 @@ fn lost(socket: &Socket) -> u32 {
 }
 
 /// The TCP header in `packet`, if it is a whole one.
-fn parse(packet: &[u8], way: Way) -> Option<Seen> {
+pub(crate) fn parse(packet: &[u8], way: Way) -> Option<Seen> {
     const TCP: u8 = 6;
     let word = |bytes: &[u8], at: usize| -> Option<u16> {
         Some(u16::from_be_bytes(bytes.get(at..at + 2)?.try_into().ok()?))

@@ -93,10 +93,11 @@ impl Ineligible {
         }
     }
 
-    /// Whether the same connection may fit a moment later.
+    /// Whether the same connection may fit a moment later. (Of the round trip there may be no
+    /// other measurement yet than the handshake, which had to wait for a neighbour's address.)
     #[must_use]
     pub fn may_pass(self) -> bool {
-        matches!(self, Self::Busy | Self::Window | Self::Full)
+        matches!(self, Self::Busy | Self::Window | Self::Full | Self::RoundTrip)
     }
 }
 
@@ -218,10 +219,13 @@ mod tests {
     }
 
     fn verdict(client: &Seen, server: &Seen) -> Result<(), Ineligible> {
-        let info = Info::sample();
+        verdict_of(&Info::sample(), client, server)
+    }
+
+    fn verdict_of(info: &Info, client: &Seen, server: &Seen) -> Result<(), Ineligible> {
         judge(
-            Leg { seen: client, info: &info, is_accepted: true },
-            Leg { seen: server, info: &info, is_accepted: false },
+            Leg { seen: client, info, is_accepted: true },
+            Leg { seen: server, info, is_accepted: false },
             Duration::from_millis(4),
         )
     }
@@ -266,6 +270,19 @@ mod tests {
             change(&mut client);
             assert_eq!(verdict(&client, &seen()), Err(reason), "case {index}");
         }
+    }
+
+    #[test]
+    fn one_slow_answer_is_forgotten_after_a_fast_one() {
+        let [near, far] = [1_000, 50_000].map(Duration::from_micros);
+        let verdict = |average, smallest| {
+            let info = Info::sample().with_round_trips(average, smallest);
+            verdict_of(&info, &seen(), &seen())
+        };
+        assert_eq!(verdict(far, Some(near)), Ok(()));
+        assert_eq!(verdict(far, Some(far)), Err(Ineligible::RoundTrip));
+        assert_eq!(verdict(far, None), Err(Ineligible::RoundTrip));
+        assert!(Ineligible::RoundTrip.may_pass());
     }
 
     #[test]

@@ -78,10 +78,7 @@ impl Object {
             .context("mapping the records of switched connections")?;
         let events = RingBuf::try_from(Map::RingBuf(data(&mut ebpf, names::EVENTS)?))?;
         let seen = HashMap::try_from(Map::LruHashMap(data(&mut ebpf, names::SEEN)?))?;
-        let watched = Watched {
-            ends: HashMap::try_from(Map::HashMap(data(&mut ebpf, names::WATCHED)?))?,
-            ports: Array::try_from(Map::Array(data(&mut ebpf, names::WATCHED_PORTS)?))?,
-        };
+        let watched = Watched::take(&mut ebpf)?;
         let counters = PerCpuArray::try_from(Map::PerCpuArray(data(&mut ebpf, names::COUNTERS)?))?;
         // The guard first: from the moment that segments are rewritten, strays must be caught.
         let guard = Guard::set_up(&mut ebpf, pins).context("the guard")?;
@@ -142,6 +139,17 @@ pub struct Watched {
 }
 
 impl Watched {
+    /// Takes its maps out of the object.
+    ///
+    /// # Errors
+    /// They are not what they should be.
+    pub fn take(ebpf: &mut Ebpf) -> Result<Self> {
+        Ok(Self {
+            ends: HashMap::try_from(Map::HashMap(data(ebpf, names::WATCHED)?))?,
+            ports: Array::try_from(Map::Array(data(ebpf, names::WATCHED_PORTS)?))?,
+        })
+    }
+
     /// Has the programs keep handshakes with `end`, in this role.
     ///
     /// # Errors

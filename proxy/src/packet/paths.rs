@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 
 use aya::Ebpf;
 
@@ -19,6 +19,7 @@ pub struct Paths {
     fit: HashSet<u32>,
     hops: HashMap<IpAddr, Hop>,
     has_ipsec: bool,
+    largest_mtu: u32,
 }
 
 impl Paths {
@@ -37,6 +38,7 @@ impl Paths {
             fit: HashSet::new(),
             hops: HashMap::new(),
             has_ipsec: routes::has_ipsec_policies()?,
+            largest_mtu: 0,
         };
         let wanted = paths.wanted()?;
         let adopted = paths.attachments.adopt_and_replace(ebpf, &wanted, pins)?;
@@ -49,11 +51,13 @@ impl Paths {
 
     fn wanted(&mut self) -> io::Result<Vec<devices::Device>> {
         let all = devices::list(&mut self.netlink)?;
-        Ok(all
+        let wanted: Vec<_> = all
             .into_iter()
             .filter(|(device, unfit)| unfit.is_none() && device.layer == Layer::Ethernet)
             .map(|(device, _)| device)
-            .collect())
+            .collect();
+        self.largest_mtu = wanted.iter().map(|device| device.mtu).max().unwrap_or(0);
+        Ok(wanted)
     }
 
     /// Looks again, after something changed. How many devices had lost the programs.
@@ -91,9 +95,20 @@ impl Paths {
         self.fit.contains(&ifindex)
     }
 
+    /// Bytes of the largest packet that any device takes.
+    pub fn largest_mtu(&self) -> u32 {
+        self.largest_mtu
+    }
+
     /// IPsec may be wanted for some of what we would rewrite.
     pub fn has_ipsec(&self) -> bool {
         self.has_ipsec
+    }
+
+    /// The way to a server from whatever address is ours there.
+    pub fn towards_server(&mut self, server: IpAddr) -> Option<Hop> {
+        let hop = routes::towards(&mut self.netlink, server, Ipv6Addr::UNSPECIFIED.into()).ok()?;
+        (!hop.is_local).then_some(hop)
     }
 
     /// The way to an end, if it leads over a device that is fit.

@@ -34,8 +34,8 @@ pub enum Failure {
     #[error("{0}")]
     Absent(String),
     /// One cannot do beside another process.
-    #[error("another process uses {}", .0.display())]
-    Taken(PathBuf),
+    #[error("another process uses {0}")]
+    Taken(String),
 }
 
 impl Pins {
@@ -55,15 +55,9 @@ impl Pins {
             return Err(absent(existing, &"no bpffs"));
         }
         fs::create_dir_all(&directory).map_err(|error| absent(&directory, &error))?;
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            match lock(&directory).map_err(|error| absent(&directory, &error))? {
-                Some(lock) => return Ok(Self { directory, _lock: lock }),
-                None if Instant::now() < deadline => {
-                    std::thread::sleep(Duration::from_millis(20));
-                }
-                None => return Err(Failure::Taken(directory)),
-            }
+        match lock_soon(&directory).map_err(|error| absent(&directory, &error))? {
+            Some(lock) => Ok(Self { directory, _lock: lock }),
+            None => Err(Failure::Taken(directory.display().to_string())),
         }
     }
 
@@ -111,6 +105,17 @@ fn children(directory: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(found)
 }
 
+/// The same, with a process before us that is about to let go.
+fn lock_soon(directory: &Path) -> io::Result<Option<File>> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match lock(directory)? {
+            None if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(20)),
+            outcome => return Ok(outcome),
+        }
+    }
+}
+
 /// Locks a directory of pins; `None` while another process has it.
 ///
 /// # Errors
@@ -124,16 +129,19 @@ pub fn lock(directory: &Path) -> io::Result<Option<File>> {
     }
 }
 
-/// Says to [`be_alone`] that a process of this network namespace runs the engine, with
-/// pins or without, until this is dropped: a shared lock on the namespace itself.
+/// The network namespace that the calling thread is in; a lock on it is one for all its processes.
+const NAMESPACE: &str = "/proc/thread-self/ns/net";
+
+/// Makes this the one process of its network namespace that runs the engine, with pins or without,
+/// until the lock is dropped: two would give out the same ports, and a switched connection has no
+/// socket that tells the other of it.
 ///
 /// # Errors
-/// /proc is not there.
-pub fn be_present() -> io::Result<File> {
-    let namespace = File::open("/proc/thread-self/ns/net")?;
-    // Waits while a clean-up is under way, which is over soon.
-    flock(&namespace, FlockOperation::LockShared)?;
-    Ok(namespace)
+/// See [`Failure`].
+pub fn be_the_one() -> Result<File, Failure> {
+    let lock = lock_soon(Path::new(NAMESPACE));
+    let lock = lock.map_err(|error| Failure::Absent(format!("{NAMESPACE}: {error}")))?;
+    lock.ok_or_else(|| Failure::Taken("the packet engine of this network namespace".to_owned()))
 }
 
 /// Makes sure that no process of this network namespace runs the engine, nor begins to until the
@@ -142,5 +150,5 @@ pub fn be_present() -> io::Result<File> {
 /// # Errors
 /// /proc is not there.
 pub fn be_alone() -> io::Result<Option<File>> {
-    lock(Path::new("/proc/thread-self/ns/net"))
+    lock(Path::new(NAMESPACE))
 }

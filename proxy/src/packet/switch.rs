@@ -148,6 +148,7 @@ impl Attempt<'_> {
         let (client_seen, client_local) = self.client_handshake(client.peer, client.local)?;
         let server_seen = self.packet.seen(server.local, server.peer);
         let server_seen = server_seen.ok_or(Ineligible::Handshake)?;
+        self.packet.note_server(server.peer, &server_seen);
         judge(
             Leg { seen: &client_seen, info: &down, is_accepted: true },
             Leg { seen: &server_seen, info: &up, is_accepted: false },

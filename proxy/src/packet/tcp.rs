@@ -34,6 +34,18 @@ pub fn monotonic_ns() -> u64 {
     now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }
 
+/// Bytes of data that fit into a segment to the peer, beside the options of every segment; of a
+/// listener what [`bound_segments`] said.
+pub fn segment(fd: impl AsFd) -> io::Result<u32> {
+    get(fd.as_fd(), libc::TCP_MAXSEG)
+}
+
+/// Has the handshake of this socket, or those of this listener, ask for segments of at most so many
+/// bytes (beside the fixed headers) in either direction. 0: as many as the device takes.
+pub fn bound_segments(fd: impl AsFd, bytes: u32) -> io::Result<()> {
+    set_option(fd.as_fd(), libc::IPPROTO_TCP, libc::TCP_MAXSEG, &bytes)
+}
+
 /// Has the kernel drop whatever arrives, but for bare acknowledgements. Dropped segments are not
 /// acknowledged, so their sender sends them again.
 pub fn fence(fd: impl AsFd) -> io::Result<()> {

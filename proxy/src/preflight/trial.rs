@@ -8,19 +8,18 @@ use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use aya::maps::{Array, HashMap, MapData, MapError, MapType, RingBuf};
+use aya::maps::{MapData, MapError, MapType, RingBuf};
 use aya::programs::tc::{self, NlOptions, TcAttachOptions, TcError};
 use aya::programs::{LinkOrder, ProgramError, SchedClassifier, TcAttachType};
 use aya::sys::SyscallError;
 use aya::{Ebpf, EbpfError, EbpfLoader};
 use proxy_common::{
-    Endpoint, HOOK_EGRESS, HOOK_INGRESS, Handshake, STEP_ACK, STEP_SYN, STEP_SYN_ACK, WATCH_LOCAL,
-    names, port_bit,
+    HOOK_EGRESS, HOOK_INGRESS, Handshake, STEP_ACK, STEP_SYN, STEP_SYN_ACK, WATCH_LOCAL, names,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::{loopback, show};
-use crate::packet::object::OBJECT;
+use crate::packet::object::{OBJECT, Watched};
 use crate::packet::selftest::{self, Verdict};
 
 /// The whole trial takes about a second; after this long it is given up.
@@ -313,12 +312,16 @@ fn relay() -> Finding {
 fn handshakes(ebpf: &mut Ebpf) -> (Vec<Handshake>, Finding) {
     let mut segments = Vec::new();
     let mut families = Vec::new();
+    let mut watched = match Watched::take(ebpf) {
+        Ok(watched) => watched,
+        Err(error) => return (segments, Err(Failure::Refused(Chain::of(error.as_ref())))),
+    };
     for ip in [IpAddr::from(Ipv4Addr::LOCALHOST), IpAddr::from(Ipv6Addr::LOCALHOST)] {
         let Ok(listener) = loopback::listen(ip) else {
             // A kernel without IPv6 is no fault of ours; without IPv4 the check below fails.
             continue;
         };
-        if let Err(failure) = handshake(ebpf, &listener, &mut segments) {
+        if let Err(failure) = handshake(ebpf, &mut watched, &listener, &mut segments) {
             return (segments, Err(failure));
         }
         families.push(if ip.is_ipv4() { "IPv4" } else { "IPv6" });
@@ -332,11 +335,12 @@ fn handshakes(ebpf: &mut Ebpf) -> (Vec<Handshake>, Finding) {
 
 fn handshake(
     ebpf: &mut Ebpf,
+    watched: &mut Watched,
     listener: &TcpListener,
     segments: &mut Vec<Handshake>,
 ) -> Result<(), Failure> {
     let server = listener.local_addr()?;
-    watch(ebpf, server)?;
+    watched.add(server, WATCH_LOCAL)?;
     let stream = loopback::connect(server).map_err(|e| Failure::from(e).during("connect"))?;
     let client = stream.local_addr()?;
     let map = ebpf.map_mut(names::HANDSHAKES).ok_or(Failure::Lacking(names::HANDSHAKES))?;
@@ -351,18 +355,6 @@ fn handshake(
     let verdict = judge(&seen, client, server);
     segments.extend(seen);
     verdict
-}
-
-/// Has the programs report handshakes with this listener.
-fn watch(ebpf: &mut Ebpf, server: SocketAddr) -> Result<(), Failure> {
-    let (word, bit) = port_bit(server.port());
-    let ports = ebpf.map_mut(names::WATCHED_PORTS).ok_or(Failure::Lacking(names::WATCHED_PORTS))?;
-    let mut ports: Array<_, u64> = ports.try_into()?;
-    let others = ports.get(&word, 0)?;
-    ports.set(word, others | bit, 0)?;
-    let ends = ebpf.map_mut(names::WATCHED).ok_or(Failure::Lacking(names::WATCHED))?;
-    let mut ends: HashMap<_, Endpoint, u32> = ends.try_into()?;
-    Ok(ends.insert(Endpoint::from(server), WATCH_LOCAL, 0)?)
 }
 
 /// False once the deadline has passed.

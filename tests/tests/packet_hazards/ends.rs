@@ -1,7 +1,9 @@
 //! Ends of switched connections reach the other end as they are, and the access log.
 
+use proxy_tests::forge::{ACK, FIN, PSH, Segment};
 use proxy_tests::peers::{Ending, both};
 use proxy_tests::row::{Family, Row};
+use proxy_tests::sniff::{Sniffer, Way};
 
 use crate::ground::{Ground, RELAYING, Switched, Traffic, both_families};
 
@@ -13,7 +15,85 @@ both_families!(
     both_at_once,
     idle_connections_are_reset,
     killed_by_hand,
+    of_which_nobody_was_told,
+    forged_ones_are_taken_back,
 );
+
+/// The programs have no room to tell of anything, and then both directions end.
+fn of_which_nobody_was_told(family: Family) {
+    /// Events that fit: 256 KiB, 32 bytes each with their headers.
+    const ROOM: usize = (256 << 10) / 32;
+    let row = Row::new();
+    for host in [&row.node, &row.server] {
+        host.ip("link set wire2 mtu 1300");
+    }
+    let ground = Ground::with(row, family, &[]);
+    let connection = ground.switched();
+    let mut traffic = Traffic::new();
+    traffic.pass(&connection, 100_000);
+    ground.proxy.pause();
+    // Each is too large for the way on, which is worth an event.
+    let [from, to] = connection.front;
+    let large = Segment::new(from, to, PSH | ACK).payload(&[0; 1400]);
+    for _ in 0..ROOM + 10 {
+        large.send_from(&ground.row.client);
+    }
+    connection.close();
+    ground.proxy.resume();
+    let ended = ground.proxy.ended();
+    let (reason, bytes) = (ended.reason.as_str(), traffic.bytes());
+    assert_eq!((reason, ended.bytes_up, ended.bytes_down), ("client_closed", bytes, bytes));
+    assert!(ground.odd_segments("event_lost") > 0.0, "there was room for all");
+}
+
+/// Somebody knows the numbers: says FIN in the client's name, a little ahead of it, and in the
+/// server's that this is acknowledged. Neither end believes it, and what they go on to say shows
+/// that it was not so.
+fn forged_ones_are_taken_back(family: Family) {
+    const AHEAD: u32 = 100;
+    let ground = Ground::new(family);
+    let connection = ground.switched();
+    let mut traffic = Traffic::new();
+    let row = &ground.row;
+    let ends = [(&row.client, row.before), (&row.server, row.behind)];
+    let sniffers = ends.map(|(host, wire)| Sniffer::start(host, &wire.device()));
+    traffic.pass(&connection, 100_000);
+    // After the last byte, in the numbers of that wire.
+    let last = |side: usize, way: Way| {
+        let first = sniffers[side].await_segment("bytes", |s| s.way == way && s.len > 0);
+        first.seq.wrapping_add(traffic.bytes() as u32)
+    };
+    let [next, got] = [Way::Out, Way::In].map(|way| last(0, way));
+    let [from, to] = connection.front;
+    let fin = Segment::new(from, to, FIN | ACK).numbers(next.wrapping_add(AHEAD), got);
+    fin.send_from(&row.client);
+    sniffers[1].await_segment("the end", |s| s.way == Way::In && s.flags & FIN != 0);
+    let [from, to] = connection.back;
+    let [next_there, got_there] = [Way::Out, Way::In].map(|way| last(1, way));
+    let ack = got_there.wrapping_add(AHEAD + 1);
+    Segment::new(from, to, ACK).numbers(next_there, ack).send_from(&row.server);
+    let ack = next.wrapping_add(AHEAD + 1);
+    sniffers[0].await_segment("its acknowledgement", |s| s.way == Way::In && s.ack == ack);
+    // Past it in one segment.
+    traffic.pass(&connection, 1000);
+    traffic.pass(&connection, 100_000);
+    assert_eq!(ground.list().len(), 1);
+    assert_eq!(ground.proxy.metric("connections_ended_total", &[]), 0.0);
+    // Now the server ends first, and the client goes on for a while.
+    connection.server.finish();
+    connection.client.expect_eof();
+    connection.client.send_stream(3, 2_000_000);
+    connection.server.receive_stream(3, 2_000_000);
+    assert_eq!(ground.list().len(), 1);
+    connection.client.finish();
+    connection.server.expect_eof();
+    let ended = ground.proxy.ended();
+    let (reason, bytes) = (ended.reason.as_str(), traffic.bytes());
+    assert_eq!(
+        (reason, ended.bytes_up, ended.bytes_down),
+        ("server_closed", bytes + 2_000_000, bytes)
+    );
+}
 
 fn a_reset_by_the_client(family: Family) {
     let ground = Ground::new(family);

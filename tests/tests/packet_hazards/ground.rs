@@ -10,7 +10,7 @@ use proxy_tests::proxy::{Launch, Outcome, Proxy, run};
 use proxy_tests::row::{Family, Row};
 use proxy_tests::servers::Upstream;
 use proxy_tests::stream::Stream;
-use proxy_tests::wait::until;
+use proxy_tests::wait::{until, until_or};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -74,7 +74,7 @@ impl Ground {
             .flag("bpffs", "off")
             .flag("listen-addr", "[::]:0")
             // The machine may be busy with something else.
-            .flag("packet-max-rtt", "1s")
+            .flag("packet-max-rtt", "10s")
             .flag("admin-socket", folder.path().join("admin.sock").display());
         for (name, value) in flags {
             launch = launch.flag(name, value);
@@ -119,7 +119,14 @@ impl Ground {
     /// Waits until the kernel relays `count` connections, and no socket of any is left.
     #[track_caller]
     pub fn await_switched(&self, count: u32) {
-        self.proxy.await_metric(RELAYING, &[("engine", "packet")], count.into());
+        let relayed = || self.proxy.metric(RELAYING, &[("engine", "packet")]);
+        // What it gives up with must say why.
+        let reasons = || self.samples("packet_ineligible_total").join("; ");
+        until_or(
+            &format!("{count} connections are relayed by the kernel"),
+            || relayed() == f64::from(count),
+            || format!("but {:?}; those that stay: [{}]", relayed().abs(), reasons()),
+        );
         until("the node has no sockets", || facts::connections(&self.row.node) == 0);
     }
 
@@ -127,6 +134,14 @@ impl Ground {
     #[track_caller]
     pub fn odd_segments(&self, what: &str) -> f64 {
         self.proxy.metric("packet_segments_total", &[("what", what)])
+    }
+
+    /// The samples of a metric that are not zero, as they are served.
+    #[track_caller]
+    fn samples(&self, name: &str) -> Vec<String> {
+        let all = self.proxy.get("/metrics").body;
+        let lines = all.lines().filter(|line| line.contains(name) && !line.starts_with('#'));
+        lines.filter(|line| !line.ends_with(" 0")).map(str::to_owned).collect()
     }
 
     /// Connections by the admin socket.

@@ -8,6 +8,7 @@ mod blind;
 mod ends;
 mod ground;
 mod killed;
+mod neighbours;
 mod reuse;
 mod room;
 mod sizes;

@@ -1,7 +1,9 @@
 //! A client that comes back from the same port while what it had before is still remembered.
 
+use proxy_tests::facts::{self, State};
 use proxy_tests::peers::Peer;
 use proxy_tests::row::Family;
+use proxy_tests::wait::until;
 
 use crate::ground::{Ground, Switched, Traffic, both_families};
 
@@ -11,12 +13,21 @@ both_families!(after_an_end, after_a_reset, after_a_crash);
 #[track_caller]
 fn comes_back(ground: &Ground, from: std::net::SocketAddr, ends: usize) {
     let front = ground.front();
+    // The kernel lets it in by itself, however long the proxy takes to learn of it.
+    ground.proxy.pause();
     let client = ground.row.client.run(move || Peer::connect_from(from, front));
+    until("it is let in", || {
+        let sockets = facts::sockets(ground.node());
+        sockets.iter().any(|s| s.remote == from && s.state == State::Established)
+    });
+    ground.proxy.resume();
     let server = ground.upstream.accept();
     client.send_stream(7, 100_000);
     server.receive_stream(7, 100_000);
     server.send_stream(8, 100_000);
     client.receive_stream(8, 100_000);
+    // Nothing of the old connection is in the way.
+    ground.await_switched(1);
     client.finish();
     server.expect_eof();
     server.finish();

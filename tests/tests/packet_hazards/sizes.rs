@@ -7,7 +7,7 @@ use proxy_tests::row::{Family, Row};
 use proxy_tests::servers::Upstream;
 use proxy_tests::wait::until;
 
-use crate::ground::{Ground, Switched, Traffic, both_families};
+use crate::ground::{Ground, RELAYING, Switched, Traffic, both_families};
 
 const SMALL: u32 = 1400;
 
@@ -15,7 +15,98 @@ both_families!(
     our_own_device_shrinks,
     a_router_towards_the_server_shrinks,
     forged_words_of_a_router_change_nothing,
+    clients_on_a_smaller_wire,
+    servers_on_a_smaller_wire,
+    clients_that_take_less_than_the_wire,
+    servers_that_take_less_than_the_wire,
+    wires_that_differ_later,
 );
+
+/// A row in which these hosts' devices on `wire` take [`SMALL`] packets.
+fn with_small(wire: &str, hosts: &[fn(&Row) -> &Arc<Host>]) -> Row {
+    let row = Row::new();
+    for host in hosts {
+        host(&row).ip(&format!("link set {wire} mtu {SMALL}"));
+    }
+    row
+}
+
+/// Both ends send as much at once as they may, and nothing that is too large for anybody.
+#[track_caller]
+fn fits(ground: &Ground, connection: Switched) {
+    let mut traffic = Traffic::new();
+    traffic.pass(&connection, 5_000_000);
+    assert_eq!(ground.odd_segments("too_big"), 0.0);
+    let bytes = traffic.bytes();
+    let client = connection.client.address();
+    connection.close();
+    let ended = ground.proxy.ended_of(client);
+    assert_eq!((ended.bytes_up, ended.bytes_down), (bytes, bytes));
+}
+
+/// An overlay's device: the server must be told what its clients take.
+fn clients_on_a_smaller_wire(family: Family) {
+    let row = with_small("wire1", &[|row| &row.client, |row| &row.node]);
+    let ground = Ground::with(row, family, &[]);
+    let connection = ground.switched();
+    fits(&ground, connection);
+}
+
+/// The other way round: clients must be told what the way to the server takes.
+fn servers_on_a_smaller_wire(family: Family) {
+    let row = with_small("wire2", &[|row| &row.node, |row| &row.server]);
+    let ground = Ground::with(row, family, &[]);
+    let connection = ground.switched();
+    fits(&ground, connection);
+}
+
+/// Nothing on the node shows that the client, somewhere behind a router, has a smaller wire.
+fn clients_that_take_less_than_the_wire(family: Family) {
+    let row = with_small("wire1", &[|row| &row.client]);
+    let ground = Ground::with(row, family, &[]);
+    let connection = ground.switched();
+    fits(&ground, connection);
+}
+
+/// The same of the server: what it takes shows in its answer to the first connection, whose client
+/// has been told already. The next one fits.
+fn servers_that_take_less_than_the_wire(family: Family) {
+    let row = with_small("wire2", &[|row| &row.server]);
+    let ground = Ground::with(row, family, &[]);
+    let (client, server) = ground.pair();
+    ground.proxy.await_metric("packet_ineligible_total", &[("reason", "segment_size")], 1.0);
+    drop((client, server));
+    ground.proxy.await_metric(RELAYING, &[], 0.0);
+    let connection = ground.switched();
+    fits(&ground, connection);
+}
+
+/// A device's limit changes: connections that come later go by the new one.
+fn wires_that_differ_later(family: Family) {
+    let ground = Ground::new(family);
+    let before = ground.switched();
+    for host in [ground.node(), &ground.row.server] {
+        host.ip(&format!("link set wire2 mtu {SMALL}"));
+    }
+    before.client.reset();
+    before.server.expect_reset();
+    let stays = || ground.proxy.metric("packet_ineligible_total", &[("reason", "segment_size")]);
+    let relayed = || ground.proxy.metric(RELAYING, &[("engine", "packet")]);
+    ground.proxy.await_metric(RELAYING, &[], 0.0);
+    // How soon the proxy learns of it is the kernel's choice.
+    until("clients are told", || {
+        let (client, server) = ground.pair();
+        let earlier = stays();
+        until("it was looked at", || relayed() > 0.0 || stays() > earlier);
+        let is_switched = relayed() > 0.0;
+        client.reset();
+        server.expect_reset();
+        ground.proxy.await_metric(RELAYING, &[], 0.0);
+        is_switched
+    });
+    let connection = ground.switched();
+    fits(&ground, connection);
+}
 
 fn our_own_device_shrinks(family: Family) {
     for wire in ["wire1", "wire2"] {

@@ -45,6 +45,7 @@ takeover! {
         unpinned::sigterm_waits_for_their_end,
         unpinned::the_deadline_and_a_second_signal_reset_them,
         unpinned::pins_belong_to_one_process,
+        unpinned::ports_belong_to_one_process,
         traces::cleanup_leaves_nothing_behind,
         services::translated_connections,
     }

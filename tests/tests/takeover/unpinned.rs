@@ -61,6 +61,24 @@ pub fn the_deadline_and_a_second_signal_reset_them(at: &Ground) {
     }
 }
 
+/// Two at once without pins: the second must not give out ports of the first one's connections,
+/// which have no socket any more.
+pub fn ports_belong_to_one_process(at: &Ground) {
+    let mut first = at.launch().flag("bpffs", "off").start();
+    let pairs = at.switched(&first, 1);
+    let auto = at.launch().flag("bpffs", "off").flag("engine", "auto").flag("listen-addr", ":6444");
+    let second = auto.start();
+    second.log_line("the reason", |line| {
+        line["reason"].as_str().is_some_and(|reason| reason.contains("another process uses"))
+    });
+    pairs[0].talk();
+    drop(second);
+    first.kill9();
+    // Its place is free at once.
+    let next = at.launch().flag("bpffs", "off").start();
+    at.switched(&next, 1)[0].talk();
+}
+
 /// Two at once with one directory of pins: the second must not touch the first one's connections.
 pub fn pins_belong_to_one_process(at: &Ground) {
     let first = at.launch().start();
