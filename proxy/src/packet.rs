@@ -208,8 +208,8 @@ impl Packet {
                 Some(record) if record.phase == PHASE_SETTLED => {
                     self.ports.claim(record.halves[SERVER].local.port);
                     self.note_guard(slot, guards.remove(&slot.index));
-                    self.take_place();
                     if record.halves[CLIENT].told == 0 {
+                        self.take_place();
                         self.count_live(1);
                     }
                     adopted += 1;
@@ -475,7 +475,6 @@ impl Packet {
     fn retire(self: &Arc<Self>, slot: Slot, record: &Record) {
         self.release(slot);
         self.ports.give_back(record.halves[SERVER].local.port);
-        self.free_place();
         self.untrack(record);
     }
 
@@ -504,12 +503,14 @@ impl Packet {
         self.table.in_use().into_iter().filter(|slot| self.kill(*slot, reason)).count()
     }
 
-    /// Tells the access log, once. False if it knew.
+    /// Tells the access log, once, and gives the connection's place to another: what is kept of it
+    /// from here on is only remembered. False if it was told.
     fn tell_end(&self, slot: Slot, record: &Record, reason: &'static str) -> bool {
         if !self.table.mark_told(slot) {
             return false;
         }
         self.count_live(-1);
+        self.free_place();
         let [client, server] = &record.halves;
         crate::session::log_switched(
             &self.metrics,
