@@ -168,6 +168,14 @@ impl Packet {
         // What outlives us must be found again; else it is enough to recognise it.
         let note = directory.and_then(|_| ports::make_note());
         let ports = PortPool::reserve(note.as_deref()).context("local ports")?;
+        if ports.has_reserved() && ports.left() < max_connections {
+            tracing::warn!(
+                ports = ports.left(),
+                max_connections,
+                "not every connection can have a local port that the kernel gives to nobody else: \
+                 those without stay in userspace (net.ipv4.ip_local_port_range can be widened)"
+            );
+        }
         let paths = Paths::open(&mut ebpf, config.attach, directory);
         let paths = paths.context("attaching to devices")?;
         let packet = Arc::new(Self {
@@ -564,7 +572,8 @@ impl Packet {
             let metric = self.metrics.packet_oddities.with_label_values(&[label]);
             metric.inc_by(self.count(counter).saturating_sub(metric.get()));
         }
-        self.metrics.packet_room.set(i64::try_from(self.table.room()).unwrap_or(i64::MAX));
+        let room = self.table.room().min(self.ports.left());
+        self.metrics.packet_room.set(i64::try_from(room).unwrap_or(i64::MAX));
     }
 }
 
