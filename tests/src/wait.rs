@@ -13,13 +13,22 @@ const PAUSE: Duration = Duration::from_millis(10);
 /// # Panics
 /// None came within [`BOUND`]; the message names `what`.
 #[track_caller]
-pub fn eventually<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + BOUND;
+pub fn eventually<T>(what: &str, ask: impl FnMut() -> Option<T>) -> T {
+    within(BOUND, what, ask)
+}
+
+/// As [`eventually`], for what has a time of its own.
+///
+/// # Panics
+/// No answer came within `bound`; the message names `what`.
+#[track_caller]
+pub fn within<T>(bound: Duration, what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + bound;
     loop {
         if let Some(answer) = ask() {
             return answer;
         }
-        assert!(Instant::now() < deadline, "not within {BOUND:?}: {what}");
+        assert!(Instant::now() < deadline, "not within {bound:?}: {what}");
         std::thread::sleep(PAUSE);
     }
 }
