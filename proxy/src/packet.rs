@@ -170,6 +170,14 @@ impl Packet {
         // What outlives us must be found again; else it is enough to recognise it.
         let note = directory.and_then(|_| ports::make_note());
         let ports = PortPool::reserve(note.as_deref()).context("local ports")?;
+        if ports.has_reserved() && ports.left() < max_connections {
+            tracing::warn!(
+                ports = ports.left(),
+                max_connections,
+                "not every connection can have a local port that the kernel gives to nobody else: \
+                 those without stay in userspace (net.ipv4.ip_local_port_range can be widened)"
+            );
+        }
         let paths = Paths::open(&mut ebpf, config.attach, directory);
         let paths = paths.context("attaching to devices")?;
         let runtime = tokio::runtime::Handle::current();
@@ -214,8 +222,8 @@ impl Packet {
                 Some(record) if record.phase == PHASE_SETTLED => {
                     self.ports.claim(record.halves[SERVER].local.port);
                     self.note_guard(slot, guards.remove(&slot.index));
-                    self.take_place();
                     if record.halves[CLIENT].told == 0 {
+                        self.take_place();
                         self.count_live(1);
                     }
                     adopted += 1;
@@ -488,7 +496,6 @@ impl Packet {
     fn retire(self: &Arc<Self>, slot: Slot, record: &Record) {
         self.release(slot);
         self.ports.give_back(record.halves[SERVER].local.port);
-        self.free_place();
         self.tracking.untrack(tracked(record));
     }
 
@@ -517,12 +524,14 @@ impl Packet {
         self.table.in_use().into_iter().filter(|slot| self.kill(*slot, reason)).count()
     }
 
-    /// Tells the access log, once. False if it knew.
+    /// Tells the access log, once, and gives the connection's place to another: what is kept of it
+    /// from here on is only remembered. False if it was told.
     fn tell_end(&self, slot: Slot, record: &Record, reason: &'static str) -> bool {
         if !self.table.mark_told(slot) {
             return false;
         }
         self.count_live(-1);
+        self.free_place();
         let [client, server] = &record.halves;
         crate::session::log_switched(
             &self.metrics,
@@ -583,7 +592,8 @@ impl Packet {
             let metric = self.metrics.packet_oddities.with_label_values(&[label]);
             metric.inc_by(self.count(counter).saturating_sub(metric.get()));
         }
-        self.metrics.packet_room.set(i64::try_from(self.table.room()).unwrap_or(i64::MAX));
+        let room = self.table.room().min(self.ports.left());
+        self.metrics.packet_room.set(i64::try_from(room).unwrap_or(i64::MAX));
     }
 }
 

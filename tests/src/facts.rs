@@ -109,9 +109,12 @@ fn address(text: &str) -> Option<SocketAddr> {
     Some(SocketAddr::new(ip, u16::from_str_radix(port, 16).ok()?))
 }
 
-/// TCP's line of `/proc/net/sockstat`.
+/// `/proc/net/sockstat`, above all TCP's line of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Sockstat {
+    /// Sockets of the host that exist, of every kind, whether or not anybody still holds them:
+    /// [`Self::allocated`] for one host.
+    pub used: u64,
     /// IPv4 sockets of the host in use.
     pub in_use: u64,
     /// Sockets that no process holds any more; of the whole machine.
@@ -132,20 +135,33 @@ pub struct Sockstat {
 #[must_use]
 pub fn sockstat(host: &Host) -> Sockstat {
     let text = read(host, "sockstat");
-    let line = text.lines().find_map(|line| line.strip_prefix("TCP:")).unwrap_or_default();
-    let words: Vec<&str> = line.split_whitespace().collect();
-    let value = |name: &str| {
+    let value_in = |line: &str, name: &str| {
+        let line = text.lines().find_map(|text| text.strip_prefix(line)).unwrap_or_default();
+        let words: Vec<&str> = line.split_whitespace().collect();
         let at = words.iter().position(|word| *word == name);
         let value = at.and_then(|at| words.get(at + 1)?.parse().ok());
         value.unwrap_or_else(|| panic!("no {name} in {text}"))
     };
+    let value = |name| value_in("TCP:", name);
     Sockstat {
+        used: value_in("sockets:", "used"),
         in_use: value("inuse"),
         orphans: value("orphan"),
         time_wait: value("tw"),
         allocated: value("alloc"),
         pages: value("mem"),
     }
+}
+
+/// Connections that `host`'s conntrack knows, of every state. Those whose time is over are gone
+/// after this, not only once the kernel comes round to them.
+///
+/// # Panics
+/// The kernel does not tell.
+#[track_caller]
+#[must_use]
+pub fn tracked(host: &Host) -> usize {
+    read(host, "nf_conntrack").lines().filter(|line| line.contains(" tcp ")).count()
 }
 
 /// MemAvailable of the whole machine, in bytes. Kernel memory that no counter of sockets shows is

@@ -6,6 +6,7 @@
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::os::fd::AsRawFd;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -282,6 +283,40 @@ impl Peer {
     /// The kernel refuses.
     pub fn reset(self) {
         SockRef::from(&self.stream).set_linger(Some(Duration::ZERO)).expect("SO_LINGER");
+    }
+
+    /// Receives whatever comes next, as many bytes as there is room for.
+    ///
+    /// # Panics
+    /// Fewer came.
+    #[track_caller]
+    pub fn receive_into(&self, buffer: &mut [u8]) {
+        if let Err(error) = (&self.stream).read_exact(buffer) {
+            panic!("the {} waits for {} bytes: {error}", self.name, buffer.len());
+        }
+    }
+
+    /// Bytes that have arrived here and were not read.
+    ///
+    /// # Panics
+    /// The kernel does not tell.
+    #[must_use]
+    pub fn unread(&self) -> u64 {
+        rustix::io::ioctl_fionread(&self.stream).expect("FIONREAD")
+    }
+
+    /// Bytes that were sent here and that the other end's kernel has not acknowledged.
+    ///
+    /// # Panics
+    /// The kernel does not tell.
+    #[must_use]
+    pub fn unacknowledged(&self) -> u64 {
+        let mut count: libc::c_int = 0;
+        // SAFETY: SIOCOUTQ (TIOCOUTQ) writes one int.
+        let status =
+            unsafe { libc::ioctl(self.stream.as_raw_fd(), libc::TIOCOUTQ, &raw mut count) };
+        assert_eq!(status, 0, "SIOCOUTQ: {}", std::io::Error::last_os_error());
+        u64::try_from(count).expect("a count")
     }
 
     /// Receives exactly `expected`.

@@ -53,6 +53,17 @@ impl Watched {
         field(&self.read("status"), "VmRSS:") * 1024
     }
 
+    /// Resident memory that is backed by nothing but itself, in bytes: heap and stacks, without
+    /// files and without the kernel's maps that it has in its address space.
+    ///
+    /// # Panics
+    /// The process is gone.
+    #[track_caller]
+    #[must_use]
+    pub fn anonymous_memory(self) -> u64 {
+        field(&self.read("smaps_rollup"), "Anonymous:") * 1024
+    }
+
     /// CPU time used by all its threads so far, in clock ticks (hundredths of a second).
     ///
     /// # Panics

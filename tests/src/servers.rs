@@ -30,6 +30,25 @@ impl Upstream {
         ClosedPort::new(ip).open()
     }
 
+    /// Listens at `address` (port 0 for any) beside others that were made by this; the kernel
+    /// spreads the clients evenly.
+    ///
+    /// # Panics
+    /// That is not possible.
+    #[track_caller]
+    #[must_use]
+    pub fn sharing(address: SocketAddr) -> Self {
+        let domain = Domain::for_address(address);
+        let socket = Socket::new(domain, Type::STREAM.cloexec(), None).expect("a TCP socket");
+        socket.set_reuse_port(true).expect("SO_REUSEPORT");
+        match socket.bind(&address.into()) {
+            Ok(()) => {}
+            Err(error) => panic!("binding {address}: {error}"),
+        }
+        let address = socket.local_addr().ok().and_then(|a| a.as_socket());
+        ClosedPort { socket, address: address.expect("a bound socket has an address") }.open()
+    }
+
     /// Where it listens.
     #[must_use]
     pub fn address(&self) -> SocketAddr {

@@ -39,6 +39,7 @@ const SUITES: &[(Tier, &str)] = &[
     (Tier::Kernel, "bad_wires"),
     (Tier::Kernel, "takeover"),
     (Tier::Kernel, "packet_hazards"),
+    (Tier::Kernel, "packet_scale"),
     (Tier::Kernel, "check"),
     (Tier::Kernel, "selftest"),
     (Tier::Kube, "apiserver_smoke"),

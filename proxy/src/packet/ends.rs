@@ -4,7 +4,7 @@
 //! Nothing here runs while nothing happens: the programs tell of ends through a ring buffer, the
 //! kernel tells of devices and routes, and timers exist only for connections that are closing.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -48,16 +48,59 @@ enum Kind {
     Reset(Side),
 }
 
+/// All of them, in the order in which they are due: there may be tens of thousands at once.
+#[derive(Default)]
+struct Closings {
+    by_slot: HashMap<u32, Closing>,
+    by_due: BTreeSet<(Instant, u32)>,
+}
+
+impl Closings {
+    /// The one with this very use of the slot.
+    fn get(&self, slot: Slot) -> Option<&Closing> {
+        self.by_slot.get(&slot.index).filter(|closing| closing.slot == slot)
+    }
+
+    /// Instead of what was known of its slot.
+    fn insert(&mut self, closing: Closing) {
+        self.remove(closing.slot.index);
+        self.by_due.insert((closing.due, closing.slot.index));
+        self.by_slot.insert(closing.slot.index, closing);
+    }
+
+    fn remove(&mut self, index: u32) -> Option<Closing> {
+        let closing = self.by_slot.remove(&index)?;
+        self.by_due.remove(&(closing.due, index));
+        if self.by_slot.is_empty() {
+            // It never gives memory back by itself.
+            self.by_slot = HashMap::new();
+        }
+        Some(closing)
+    }
+
+    /// When the next one is due.
+    fn next_due(&self) -> Option<Instant> {
+        self.by_due.first().map(|(due, _)| *due)
+    }
+
+    /// Takes out what is due.
+    fn take_due(&mut self, now: Instant) -> Vec<Closing> {
+        let due = self.by_due.iter().take_while(|(due, _)| *due <= now);
+        let due: Vec<u32> = due.map(|(_, index)| *index).collect();
+        due.into_iter().filter_map(|index| self.remove(index)).collect()
+    }
+}
+
 /// Runs until the process ends.
 pub async fn run(packet: Arc<Packet>, news: News, idle_timeout: Option<Duration>) {
     let News { mut events, mut watch } = news;
-    let mut closing: HashMap<u32, Closing> = HashMap::new();
+    let mut closing = Closings::default();
     look_through(&packet, &mut closing);
     let mut lost = packet.count(Counter::EventLost);
     let mut idle =
         idle_timeout.map(|timeout| interval((timeout / 4).max(Duration::from_millis(50))));
     loop {
-        let next = closing.values().map(|closing| closing.due).min();
+        let next = closing.next_due();
         tokio::select! {
             ready = events.readable_mut() => {
                 let Ok(mut ready) = ready else { return };
@@ -100,7 +143,7 @@ async fn tick(interval: &mut Option<tokio::time::Interval>) {
     }
 }
 
-fn handle(packet: &Arc<Packet>, closing: &mut HashMap<u32, Closing>, event: Event) {
+fn handle(packet: &Arc<Packet>, closing: &mut Closings, event: Event) {
     let slot = Slot { index: event.slot, generation: event.generation };
     let Some(record) = packet.table().read(slot) else { return };
     let side = if usize::from(event.side) == CLIENT { Side::Client } else { Side::Server };
@@ -111,23 +154,20 @@ fn handle(packet: &Arc<Packet>, closing: &mut HashMap<u32, Closing>, event: Even
         EVENT_CLOSED => {
             let due = Instant::now() + AFTER_CLOSE;
             let ended = Closing { slot, due, kind: Kind::Closed, is_told: false };
-            let is_known = closing
-                .get(&slot.index)
-                .is_some_and(|known| known.slot == slot && known.kind == Kind::Closed);
-            if !is_known {
-                let ended = tell(packet, ended, &record);
-                closing.insert(slot.index, ended);
+            if closing.get(slot).is_none_or(|known| known.kind != Kind::Closed) {
+                closing.insert(tell(packet, ended, &record));
             }
         }
         EVENT_RESET => {
             let due = Instant::now() + AFTER_RESET;
             let kind = Kind::Reset(side);
-            let known = closing.entry(slot.index);
-            known.or_insert(Closing { slot, due, kind, is_told: false });
+            if closing.get(slot).is_none() {
+                closing.insert(Closing { slot, due, kind, is_told: false });
+            }
         }
         EVENT_LEFT => {
             // The client is sure that it is over; nobody else will miss it.
-            let known = closing.remove(&slot.index).filter(|known| known.slot == slot);
+            let known = closing.remove(slot.index).filter(|known| known.slot == slot);
             if known.is_none_or(|known| !known.is_told) {
                 packet.tell_end(slot, &record, ending(&record).as_label());
             }
@@ -140,7 +180,7 @@ fn handle(packet: &Arc<Packet>, closing: &mut HashMap<u32, Closing>, event: Even
 
 /// Finds ends in the records themselves: those of which nobody was told, since no process lived or
 /// the programs had no room.
-fn look_through(packet: &Arc<Packet>, closing: &mut HashMap<u32, Closing>) {
+fn look_through(packet: &Arc<Packet>, closing: &mut Closings) {
     for slot in packet.table().in_use() {
         let Some(record) = packet.table().read(slot) else { continue };
         let reset = |side: usize| record.halves[side].marks & MARK_RESET != 0;
@@ -153,7 +193,7 @@ fn look_through(packet: &Arc<Packet>, closing: &mut HashMap<u32, Closing>) {
         } else {
             continue;
         };
-        if closing.get(&slot.index).is_some_and(|known| known.slot == slot) {
+        if closing.get(slot).is_some() {
             continue;
         }
         let due = Instant::now() + wait.saturating_sub(silence(&record));
@@ -162,7 +202,7 @@ fn look_through(packet: &Arc<Packet>, closing: &mut HashMap<u32, Closing>) {
         if !is_told && kind == Kind::Closed {
             ended = tell(packet, ended, &record);
         }
-        closing.insert(slot.index, ended);
+        closing.insert(ended);
     }
 }
 
@@ -204,12 +244,9 @@ fn first_to_close(record: &Record) -> Side {
 }
 
 /// Ends what is due, unless it has come back to life.
-fn sweep(packet: &Arc<Packet>, closing: &mut HashMap<u32, Closing>) {
+fn sweep(packet: &Arc<Packet>, closing: &mut Closings) {
     let now = Instant::now();
-    let due: Vec<u32> =
-        closing.iter().filter(|(_, closing)| closing.due <= now).map(|(index, _)| *index).collect();
-    for index in due {
-        let Some(mut ended) = closing.remove(&index) else { continue };
+    for mut ended in closing.take_due(now) {
         // Absent: killed meanwhile, or the switch did not succeed.
         let Some(record) = packet.table().read(ended.slot) else { continue };
         if let Kind::Reset(side) = ended.kind {
@@ -224,11 +261,11 @@ fn sweep(packet: &Arc<Packet>, closing: &mut HashMap<u32, Closing>) {
         }
         let silent = silence(&record);
         if !ended.is_told {
-            closing.insert(index, ended);
+            closing.insert(ended);
         } else if ended.kind == Kind::Closed && silent < AFTER_CLOSE {
             // The wait begins anew with each segment.
             let due = now + (AFTER_CLOSE - silent);
-            closing.insert(index, Closing { due, ..ended });
+            closing.insert(Closing { due, ..ended });
         } else {
             packet.retire(ended.slot, &record);
         }

@@ -5,7 +5,12 @@ use proxy_tests::row::{Family, Row};
 
 use crate::ground::{Ground, RELAYING, both_families};
 
-both_families!(beyond_the_limit_clients_are_refused, nothing_leaks);
+both_families!(
+    beyond_the_limit_clients_are_refused,
+    ended_ones_leave_their_place,
+    without_a_port_they_stay_in_userspace,
+    nothing_leaks,
+);
 
 /// Every connection has a place in the kernel's tables.
 const LIMIT: u32 = 16;
@@ -34,6 +39,51 @@ fn beyond_the_limit_clients_are_refused(family: Family) {
     ground.proxy.await_metric("packet_room", &[], 1.0);
     pairs.push(ground.pair());
     ground.await_switched(LIMIT);
+}
+
+/// For a minute the kernel's tables remember connections that have ended. Others are not refused
+/// for that; only they stay in userspace.
+fn ended_ones_leave_their_place(family: Family) {
+    let ground = limited(family);
+    let pairs: Vec<_> = (0..LIMIT).map(|_| ground.pair()).collect();
+    ground.await_switched(LIMIT);
+    for (client, server) in &pairs {
+        client.finish();
+        server.expect_eof();
+        server.finish();
+        client.expect_eof();
+    }
+    ground.proxy.await_metric(RELAYING, &[], 0.0);
+    let others: Vec<_> = (0..LIMIT).map(|_| ground.pair()).collect();
+    for (client, server) in &others {
+        client.send(b"any place?");
+        server.receive(b"any place?");
+        server.send(b"yes");
+        client.receive(b"yes");
+    }
+    ground.proxy.await_metric("packet_ineligible_total", &[("reason", "full")], f64::from(LIMIT));
+}
+
+/// A connection to one server takes a port of the node, of which those that the kernel hands out to
+/// nobody else are few.
+fn without_a_port_they_stay_in_userspace(family: Family) {
+    const PORTS: u32 = 32;
+    let row = Row::new();
+    // Its upper half is the proxy's, and nothing is above.
+    row.node.sysctl("ipv4.ip_local_port_range", "65472 65535");
+    let ground = Ground::with(row, family, &[]);
+    ground.proxy.log_line("ports are fewer than connections may be", |line| {
+        line["ports"] == PORTS && line["level"] == "WARN"
+    });
+    assert_eq!(ground.proxy.metric("packet_room", &[]), f64::from(PORTS));
+    let pairs: Vec<_> = (0..PORTS + 8).map(|_| ground.pair()).collect();
+    ground.proxy.await_metric(RELAYING, &[("engine", "packet")], PORTS.into());
+    ground.proxy.await_metric("packet_ineligible_total", &[("reason", "ports")], 8.0);
+    assert_eq!(ground.proxy.metric("packet_room", &[]), 0.0);
+    for (client, server) in &pairs {
+        client.send(b"kernel or not");
+        server.receive(b"kernel or not");
+    }
 }
 
 /// More connections than the tables have entries, by two orders of magnitude; were any entry left
