@@ -236,7 +236,6 @@ impl Attempt<'_> {
         let (mut least, mut shrank) = (u64::MAX, begun);
         loop {
             for side in [Side::Client, Side::Server] {
-                // Each time: reading makes the kernel tune its buffer, and the bound with it.
                 self.socket(side).clamp_window(Some(SQUEEZED));
                 match self.pass(side)? {
                     Passed::Everything => {}
@@ -289,6 +288,9 @@ impl Attempt<'_> {
     }
 
     fn count(&mut self, side: Side, bytes: usize) {
+        // Each time: reading makes the kernel tune its buffer, and the bound with it; a fast source
+        // would have filled a window of megabytes before this looks again.
+        self.socket(side).clamp_window(Some(SQUEEZED));
         let bytes = bytes as u64;
         let (total, counter) = match side {
             Side::Client => (&mut self.moved.up, &self.counters.up),
