@@ -64,7 +64,7 @@ pub struct Flags {
     #[arg(long, default_value = "2048")]
     memory: u32,
     /// Tests at once
-    #[arg(long, default_value = "2")]
+    #[arg(long, default_value = "1")]
     threads: u32,
     /// How long a suite may run, in minutes
     #[arg(long, default_value = "60")]
