@@ -12,7 +12,7 @@ use proxy::packet::inject::{Injector, Segment};
 use proxy::packet::tracking::Tracking;
 use proxy_tests::netns::{Host, Wire};
 use proxy_tests::segments::{Capture, numbers, vanish};
-use proxy_tests::wait::{BOUND, eventually, until};
+use proxy_tests::wait::{bound, eventually, until};
 use tokio_util::sync::CancellationToken;
 
 const SERVICE_PORT: u16 = 443;
@@ -66,7 +66,7 @@ impl Hosts {
     }
 
     fn connect(&self, listener: &TcpListener, to: SocketAddr) -> (TcpStream, TcpStream) {
-        let client = self.client.run(move || TcpStream::connect_timeout(&to, BOUND));
+        let client = self.client.run(move || TcpStream::connect_timeout(&to, bound()));
         (client.expect("connects"), listener.accept().expect("accepts").0)
     }
 
@@ -131,7 +131,7 @@ fn an_entry_is_found_by_either_tuple_refreshed_and_deleted() {
         assert!(hosts.count() > start);
         assert!(conntrack.delete(original).expect("orders"));
         assert!(!conntrack.delete(original).expect("orders"), "gone already");
-        assert!(!conntrack.refresh(reply, BOUND).expect("orders"));
+        assert!(!conntrack.refresh(reply, bound()).expect("orders"));
         assert_eq!(conntrack.find(reply.source, reply.destination).expect("asks"), None);
         until("the count is back", || hosts.count() == start);
         vanish(client);
@@ -256,7 +256,7 @@ fn entries_are_kept_as_long_as_connections_live() {
         keeper.keep(list, CancellationToken::new());
     };
     let mut about_to_expire_and_kept = || {
-        assert!(conntrack.refresh(tuple, BOUND * 2).expect("orders"));
+        assert!(conntrack.refresh(tuple, bound() * 2).expect("orders"));
         until("it is kept", || {
             let entry = conntrack.find(tuple.source, tuple.destination).expect("asks");
             entry.expect("there").timeout > Duration::from_secs(3600)

@@ -7,7 +7,7 @@ use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use proxy::packet::inject::{Injector, Segment, TooBig};
 use proxy_tests::netns::{Host, Wire};
 use proxy_tests::segments::{self, Capture, connection, numbers, pass, path_mtu, vanish};
-use proxy_tests::wait::{BOUND, until};
+use proxy_tests::wait::{bound, until};
 use socket2::{Domain, Protocol, Socket, Type};
 
 const ACK: u8 = 1 << 4;
@@ -188,7 +188,7 @@ fn an_injector_queues_nothing_that_arrives() {
     // The protocol that such a socket would receive, and one that shows that it arrives.
     let open = || Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::from(libc::IPPROTO_RAW)));
     let control = hosts.near.run(open).expect("a raw socket");
-    control.set_read_timeout(Some(BOUND)).expect("is a socket");
+    control.set_read_timeout(Some(bound())).expect("is a socket");
     let sender = hosts.far.run(open).expect("a raw socket");
     let mut packet = [&[0x45, 0, 0, 40, 0, 0, 0, 0, 64, 255, 0, 0][..], &source.octets()].concat();
     packet.extend(destination.octets());

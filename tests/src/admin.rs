@@ -3,7 +3,7 @@
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 
-use crate::wait::BOUND;
+use crate::wait::bound;
 
 /// The prefix of every metric.
 const PREFIX: &str = "steward_tcp_proxy_";
@@ -22,8 +22,8 @@ pub struct Answer {
 /// # Errors
 /// Nobody listens, or what answers is not HTTP.
 pub fn get(admin: SocketAddr, path: &str) -> std::io::Result<Answer> {
-    let mut stream = TcpStream::connect_timeout(&admin, BOUND)?;
-    stream.set_read_timeout(Some(BOUND))?;
+    let mut stream = TcpStream::connect_timeout(&admin, bound())?;
+    stream.set_read_timeout(Some(bound()))?;
     write!(stream, "GET {path} HTTP/1.1\r\nHost: {admin}\r\nConnection: close\r\n\r\n")?;
     let mut text = String::new();
     stream.read_to_string(&mut text)?;

@@ -164,6 +164,21 @@ pub fn tracked(host: &Host) -> usize {
     read(host, "nf_conntrack").lines().filter(|line| line.contains(" tcp ")).count()
 }
 
+/// Major and minor number of the kernel's version.
+///
+/// # Panics
+/// It does not begin with two numbers.
+#[must_use]
+pub fn kernel() -> (u32, u32) {
+    let uname = rustix::system::uname();
+    let release = uname.release().to_string_lossy();
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse);
+    match (numbers.next(), numbers.next()) {
+        (Some(Ok(major)), Some(Ok(minor))) => (major, minor),
+        _ => panic!("not a kernel's version: {release}"),
+    }
+}
+
 /// MemAvailable of the whole machine, in bytes. Kernel memory that no counter of sockets shows is
 /// missing from it.
 ///

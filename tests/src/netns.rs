@@ -88,11 +88,19 @@ impl Host {
     /// It fails; the message is its own.
     #[track_caller]
     pub fn ip(&self, arguments: &str) {
+        if let Err(error) = self.try_ip(arguments) {
+            panic!("on {}: ip {arguments}: {error}", self.name);
+        }
+    }
+
+    /// What `ip` says if it fails.
+    #[track_caller]
+    fn try_ip(&self, arguments: &str) -> Result<(), String> {
         let words: Vec<String> = arguments.split_whitespace().map(str::to_owned).collect();
         let output = self.run(move || Command::new("ip").args(words).output());
         let output = output.unwrap_or_else(|e| panic!("the ip command (iproute2): {e}"));
-        let error = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "on {}: ip {arguments}: {error}", self.name);
+        let error = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+        if output.status.success() { Ok(()) } else { Err(error) }
     }
 
     /// The text of a file that says something else on each host. (Such as those in
@@ -173,6 +181,29 @@ impl Host {
         let wire = Wire { net };
         wire.settle(self, other);
         wire
+    }
+
+    /// As [`Self::join`], by frames with VLAN tag `net` on a `wire` that joins the two already. None
+    /// where the kernel has no VLAN devices, and a line that says so.
+    ///
+    /// # Panics
+    /// `ip` fails, for example because the number is used already.
+    #[track_caller]
+    #[must_use]
+    pub fn join_tagged(&self, other: &Self, wire: Wire, net: u8) -> Option<Wire> {
+        let below = wire.device();
+        let link = format!("link add link {below} name wire{net} type vlan id {net}");
+        if let Err(error) = self.try_ip(&link) {
+            assert!(error.contains("Unknown device type"), "on {}: {error}", self.name);
+            eprintln!("not tested, this kernel has no VLAN devices (module 8021q): {error}");
+            return None;
+        }
+        other.ip(&link);
+        self.plug(net, 1);
+        other.plug(net, 2);
+        let wire = Wire { net };
+        wire.settle(self, other);
+        Some(wire)
     }
 
     /// Gives this host's device of wire `net` the addresses of its end, and takes it up.

@@ -2,7 +2,7 @@
 //! real peers have: writing byte by byte, not reading, ending one direction only, resetting,
 //! sending urgent data, accepting late or never.
 //!
-//! Methods block, up to [`BOUND`], and panic with what happened instead of what was expected.
+//! Methods block, up to [`bound`], and panic with what happened instead of what was expected.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
@@ -15,7 +15,7 @@ use rustix::io::retry_on_intr;
 use socket2::{Domain, SockRef, Socket, Type};
 
 use crate::stream::{Dice, Stream};
-use crate::wait::{BOUND, until};
+use crate::wait::{bound, until};
 
 const CHUNK: usize = 64 * 1024;
 
@@ -58,7 +58,7 @@ pub struct Peer {
 }
 
 impl Peer {
-    /// Connects to `to`, which must answer within [`BOUND`].
+    /// Connects to `to`, which must answer within [`bound`].
     ///
     /// # Panics
     /// It did not.
@@ -71,14 +71,14 @@ impl Peer {
         }
     }
 
-    /// Connects to `to`, within [`BOUND`]. A reset right after the handshake is no error here;
+    /// Connects to `to`, within [`bound`]. A reset right after the handshake is no error here;
     /// it is told by [`Self::expect_reset`].
     ///
     /// # Errors
     /// The kernel's.
     pub fn try_connect(to: SocketAddr) -> std::io::Result<Self> {
         let socket = Socket::new(Domain::for_address(to), Type::STREAM.cloexec(), None)?;
-        let reset_early = match socket.connect_timeout(&to.into(), BOUND) {
+        let reset_early = match socket.connect_timeout(&to.into(), bound()) {
             Ok(()) => false,
             Err(error) if error.kind() == ErrorKind::ConnectionReset => true,
             Err(error) => return Err(error),
@@ -90,7 +90,7 @@ impl Peer {
     /// with small windows and a small scale of them.
     ///
     /// # Panics
-    /// No connection within [`BOUND`].
+    /// No connection within [`bound`].
     #[track_caller]
     #[must_use]
     pub fn connect_with_receive_buffer(to: SocketAddr, bytes: usize) -> Self {
@@ -100,7 +100,7 @@ impl Peer {
     /// Connects to `to` from `from`, also if an earlier connection from there is in TIME_WAIT.
     ///
     /// # Panics
-    /// No connection within [`BOUND`].
+    /// No connection within [`bound`].
     #[track_caller]
     #[must_use]
     pub fn connect_from(from: SocketAddr, to: SocketAddr) -> Self {
@@ -118,7 +118,7 @@ impl Peer {
         let connected = || {
             let socket = Socket::new(Domain::for_address(to), Type::STREAM.cloexec(), None)?;
             prepare(&socket)?;
-            socket.connect_timeout(&to.into(), BOUND)?;
+            socket.connect_timeout(&to.into(), bound())?;
             Ok::<_, std::io::Error>(socket)
         };
         match connected() {
@@ -129,7 +129,7 @@ impl Peer {
 
     pub(crate) fn new(stream: TcpStream, name: &'static str) -> Self {
         let settings =
-            [stream.set_read_timeout(Some(BOUND)), stream.set_write_timeout(Some(BOUND))];
+            [stream.set_read_timeout(Some(bound())), stream.set_write_timeout(Some(bound()))];
         assert!(settings.iter().all(Result::is_ok), "{settings:?}");
         Self { stream, name, reset_early: false }
     }
@@ -217,7 +217,7 @@ impl Peer {
 
     /// Sends the stream of `seed` until an error comes, which is returned with the bytes that
     /// this end's socket took before it. The error is [`ErrorKind::WouldBlock`] if nobody took
-    /// anything for [`BOUND`].
+    /// anything for [`bound`].
     #[must_use]
     pub fn send_until_error(&self, seed: u64) -> (u64, std::io::Error) {
         let mut stream = Stream::new(seed);
@@ -435,7 +435,7 @@ impl Peer {
     /// Waits until `count` bytes lie in this end's own buffer, unread.
     ///
     /// # Panics
-    /// Fewer came within [`BOUND`].
+    /// Fewer came within [`bound`].
     #[track_caller]
     pub fn await_unread(&self, count: u64) {
         let what = format!("{count} bytes lie unread at the {}", self.name);
@@ -492,7 +492,7 @@ impl Peer {
     /// No RST came.
     #[track_caller]
     pub fn expect_reset_unread(&self) {
-        let timeout = Timespec { tv_sec: BOUND.as_secs() as i64, tv_nsec: 0 };
+        let timeout = Timespec { tv_sec: bound().as_secs() as i64, tv_nsec: 0 };
         let mut fds = [PollFd::new(&self.stream, PollFlags::empty())];
         let ready = retry_on_intr(|| poll(&mut fds, Some(&timeout)));
         assert!(matches!(ready, Ok(1)), "the {} waits for a reset in vain", self.name);

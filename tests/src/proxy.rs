@@ -16,7 +16,7 @@ use crate::admin::{self, Answer};
 use crate::netns::Host;
 use crate::process::Watched;
 use crate::seccomp::Call;
-use crate::wait::{BOUND, eventually};
+use crate::wait::{bound, eventually};
 
 /// Lines of the log shown when a test fails.
 const SHOWN: usize = 200;
@@ -112,7 +112,7 @@ impl Launch {
     /// Starts it and waits until it listens.
     ///
     /// # Panics
-    /// It ends, or does not listen within [`BOUND`].
+    /// It ends, or does not listen within [`bound`].
     #[track_caller]
     #[must_use]
     pub fn start(&self) -> Proxy {
@@ -198,7 +198,7 @@ pub struct Outcome {
 /// Runs the program with just these `arguments` until it ends.
 ///
 /// # Panics
-/// It does not end within [`BOUND`].
+/// It does not end within [`bound`].
 #[track_caller]
 #[must_use]
 pub fn run(arguments: &[&str]) -> Outcome {
@@ -220,9 +220,9 @@ pub fn run(arguments: &[&str]) -> Outcome {
     })
 }
 
-/// The child's end, or `None` if it had to be killed after [`BOUND`].
+/// The child's end, or `None` if it had to be killed after [`bound`].
 fn wait_or_kill(child: &mut Child) -> Option<ExitStatus> {
-    let deadline = Instant::now() + BOUND;
+    let deadline = Instant::now() + bound();
     while Instant::now() < deadline {
         if let Ok(Some(status)) = child.try_wait() {
             return Some(status);
@@ -324,7 +324,7 @@ impl Proxy {
     /// Waits for a log line (one JSON object) that `matches`.
     ///
     /// # Panics
-    /// None came within [`BOUND`], or the proxy ended without it; the message names `what`.
+    /// None came within [`bound`], or the proxy ended without it; the message names `what`.
     #[track_caller]
     pub fn log_line(&self, what: &str, matches: impl Fn(&Value) -> bool) -> Value {
         match self.log.wait_for(|lines| lines.iter().find(|line| matches(line)).cloned()) {
@@ -342,7 +342,7 @@ impl Proxy {
     /// Waits until `count` connections have ended, and says how all of them did, in their order.
     ///
     /// # Panics
-    /// Fewer ended within [`BOUND`].
+    /// Fewer ended within [`bound`].
     #[track_caller]
     #[must_use]
     pub fn access_log(&self, count: usize) -> Vec<Ended> {
@@ -350,7 +350,12 @@ impl Proxy {
             let ended: Vec<_> = lines.iter().filter_map(Ended::from_line).collect();
             (ended.len() >= count).then_some(ended)
         });
-        entries.unwrap_or_else(|| panic!("fewer than {count} lines in the access log"))
+        entries.unwrap_or_else(|| {
+            let lines = self.count_lines(|line| Ended::from_line(line).is_some());
+            // Who is still relayed has not ended for the proxy; who is not has lost its line.
+            let left = self.try_metric("connections_relaying");
+            panic!("{lines} lines in the access log instead of {count}; still relayed: {left:?}")
+        })
     }
 
     /// How the one connection so far ended.
@@ -367,7 +372,7 @@ impl Proxy {
     /// How the connection of `client` ended.
     ///
     /// # Panics
-    /// It has not ended within [`BOUND`].
+    /// It has not ended within [`bound`].
     #[track_caller]
     #[must_use]
     pub fn ended_of(&self, client: SocketAddr) -> Ended {
@@ -403,10 +408,20 @@ impl Proxy {
         admin::sum(&self.get("/metrics").body, name, labels)
     }
 
+    /// The sum of all of a metric's samples, if there is an answer.
+    fn try_metric(&self, name: &str) -> Option<f64> {
+        let admin = self.admin();
+        let answer = match &self.host {
+            None => admin::get(admin, "/metrics"),
+            Some(host) => host.run(move || admin::get(admin, "/metrics")),
+        };
+        Some(admin::sum(&answer.ok()?.body, name, &[]))
+    }
+
     /// Waits until [`Self::metric`] is `value`.
     ///
     /// # Panics
-    /// It was not within [`BOUND`].
+    /// It was not within [`bound`].
     #[track_caller]
     pub fn await_metric(&self, name: &str, labels: &[(&str, &str)], value: f64) {
         let what = format!("{name}{labels:?} is {value}");
@@ -456,13 +471,13 @@ impl Proxy {
     /// Waits until it ends by itself; gives its exit status, `None` after a signal.
     ///
     /// # Panics
-    /// It did not within [`BOUND`].
+    /// It did not within [`bound`].
     #[track_caller]
     #[must_use]
     pub fn exit_code(&mut self) -> Option<i32> {
         match wait_or_kill(&mut self.child) {
             Some(status) => status.code(),
-            None => panic!("the proxy did not end within {BOUND:?}"),
+            None => panic!("the proxy did not end within {:?}", bound()),
         }
     }
 
@@ -521,10 +536,10 @@ impl Log {
         self.text.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits until `find` finds something among the JSON lines; `None` after [`BOUND`], or at the
+    /// Waits until `find` finds something among the JSON lines; `None` after [`bound`], or at the
     /// log's end.
     fn wait_for<T>(&self, find: impl Fn(&[Value]) -> Option<T>) -> Option<T> {
-        let deadline = Instant::now() + BOUND;
+        let deadline = Instant::now() + bound();
         let mut text = self.lock();
         loop {
             if let Some(found) = find(&text.parsed) {

@@ -3,7 +3,7 @@
 //!
 //! Each byte is compared with the one that belongs at its place ([`Stream`]), which finds what
 //! digests at both ends would find, and says where. An end that waits in vain says so after
-//! [`BOUND`]; nothing here panics, since hundreds of conversations share a test.
+//! [`bound`]; nothing here panics, since hundreds of conversations share a test.
 
 use std::io::{ErrorKind, Read};
 use std::net::{Shutdown, TcpStream};
@@ -14,7 +14,7 @@ use rustix::io::retry_on_intr;
 use socket2::SockRef;
 
 use crate::stream::{Dice, Stream};
-use crate::wait::BOUND;
+use crate::wait::bound;
 
 /// Bytes of the greeting: the seed and its complement.
 const GREETING: usize = 16;
@@ -295,11 +295,12 @@ impl<'a> Talk<'a> {
         let mut wanted = PollFlags::empty();
         wanted.set(PollFlags::IN, read);
         wanted.set(PollFlags::OUT, write);
-        let timeout = Timespec { tv_sec: BOUND.as_secs() as i64, tv_nsec: 0 };
+        let timeout = Timespec { tv_sec: bound().as_secs() as i64, tv_nsec: 0 };
         let mut fds = [PollFd::new(self.socket, wanted)];
         match retry_on_intr(|| poll(&mut fds, Some(&timeout))) {
             Ok(0) => Err(format!(
-                "nothing moves for {BOUND:?}: said {}, heard {}",
+                "nothing moves for {:?}: said {}, heard {}",
+                bound(),
                 self.said.position(),
                 self.heard.position()
             )),

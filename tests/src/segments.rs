@@ -9,7 +9,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::netns::Host;
 use crate::sniff::{self, Way};
-use crate::wait::BOUND;
+use crate::wait::bound;
 
 /// `from` connects to `address` on `to`. The first of the two is the client's.
 ///
@@ -20,10 +20,10 @@ use crate::wait::BOUND;
 pub fn connection(from: &Host, to: &Host, address: SocketAddr) -> (TcpStream, TcpStream) {
     let listener = to.run(move || TcpListener::bind(address)).expect("binds");
     let address = listener.local_addr().expect("bound");
-    let client = from.run(move || TcpStream::connect_timeout(&address, BOUND)).expect("connects");
+    let client = from.run(move || TcpStream::connect_timeout(&address, bound())).expect("connects");
     let (server, _) = listener.accept().expect("accepts");
     for stream in [&client, &server] {
-        stream.set_read_timeout(Some(BOUND)).expect("is a socket");
+        stream.set_read_timeout(Some(bound())).expect("is a socket");
         stream.set_nodelay(true).expect("is a socket");
     }
     (client, server)
@@ -164,7 +164,7 @@ impl Capture {
     /// None comes.
     #[track_caller]
     pub fn next(&self, wanted: impl Fn(&Seen) -> bool) -> Seen {
-        self.0.set_read_timeout(Some(BOUND)).expect("is a socket");
+        self.0.set_read_timeout(Some(bound())).expect("is a socket");
         loop {
             match self.receive() {
                 Ok(Some(seen)) if wanted(&seen) => return seen,

@@ -10,7 +10,7 @@ use rustix::io::retry_on_intr;
 use socket2::{Domain, Socket, Type};
 
 use crate::peers::Peer;
-use crate::wait::BOUND;
+use crate::wait::bound;
 
 /// A server's listening socket; it accepts when it is told to, and not before.
 #[derive(Debug)]
@@ -58,13 +58,13 @@ impl Upstream {
     /// Takes the next connection, waiting for it.
     ///
     /// # Panics
-    /// None came within [`BOUND`].
+    /// None came within [`bound`].
     #[track_caller]
     #[must_use]
     pub fn accept(&self) -> Peer {
-        match self.accept_within(BOUND) {
+        match self.accept_within(bound()) {
             Some(peer) => peer,
-            None => panic!("no connection reached {} within {BOUND:?}", self.address),
+            None => panic!("no connection reached {} within {:?}", self.address, bound()),
         }
     }
 

@@ -105,7 +105,7 @@ impl Sniffer {
     /// Waits for the first segment that `matches`.
     ///
     /// # Panics
-    /// None came within [`crate::wait::BOUND`]; the message names `what`.
+    /// None came within [`crate::wait::bound`]; the message names `what`.
     #[track_caller]
     pub fn await_segment(&self, what: &str, matches: impl Fn(&Seen) -> bool) -> Seen {
         eventually(what, || self.so_far().into_iter().find(&matches))

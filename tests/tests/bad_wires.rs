@@ -16,7 +16,7 @@ use proxy_tests::proxy::Launch;
 use proxy_tests::row::Family::{self, V4, V6};
 use proxy_tests::row::Row;
 use proxy_tests::script::{End, Failure, Script, answer, begin};
-use proxy_tests::wait::BOUND;
+use proxy_tests::wait::bound;
 
 /// Makes each of the tests once per engine.
 macro_rules! engines {
@@ -238,14 +238,14 @@ fn workers(work: impl Fn() + Clone + Send + 'static) -> Vec<std::thread::JoinHan
 
 fn client(front: SocketAddr, speaks_first: End, number: u64) -> Result<u64, Failure> {
     let fail = |what: String| Failure { seed: number, what };
-    let connected = TcpStream::connect_timeout(&front, 2 * BOUND);
+    let connected = TcpStream::connect_timeout(&front, 2 * bound());
     let socket = connected.map_err(|e| fail(format!("Client, connecting: {e}")))?;
     take_part(&socket, End::Client, speaks_first, number)
 }
 
 fn server(listener: &TcpListener, speaks_first: End, number: u64) -> Result<u64, Failure> {
     let fail = |what: String| Failure { seed: number, what };
-    let timeout = rustix::event::Timespec { tv_sec: 2 * BOUND.as_secs() as i64, tv_nsec: 0 };
+    let timeout = rustix::event::Timespec { tv_sec: 2 * bound().as_secs() as i64, tv_nsec: 0 };
     let mut fds = [rustix::event::PollFd::new(listener, rustix::event::PollFlags::IN)];
     match rustix::io::retry_on_intr(|| rustix::event::poll(&mut fds, Some(&timeout))) {
         Ok(1..) => {}

@@ -61,6 +61,17 @@ pub enum Tier {
     All,
 }
 
+/// What a machine with another kernel runs, see `kernels`: suites of the engine in the kernel.
+pub fn kernel_suites() -> impl Iterator<Item = &'static str> {
+    // `hosts` is about the other engines, and names; `packet_scale` measures a real machine.
+    let of_kernel = |tier: Tier, suite: &str| match suite {
+        "hosts" | "packet_scale" => false,
+        "control" => true,
+        _ => tier == Tier::Kernel,
+    };
+    SUITES.iter().filter(move |(tier, suite)| of_kernel(*tier, suite)).map(|(_, suite)| *suite)
+}
+
 /// The flags of `test`.
 #[derive(clap::Args)]
 pub struct Flags {

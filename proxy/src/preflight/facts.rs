@@ -53,7 +53,7 @@ pub(super) struct Host {
     /// A mounted bpffs, and whether we may write there.
     pub(super) bpffs: Option<(PathBuf, bool)>,
     pub(super) cgroup2: Option<PathBuf>,
-    /// Soft limit in bytes; `None` for none.
+    /// Hard limit in bytes, up to which a process raises its own; `None` for none.
     pub(super) memlock: Option<u64>,
 }
 
@@ -83,7 +83,7 @@ impl Host {
             has_btf: Path::new("/sys/kernel/btf/vmlinux").exists(),
             bpffs: bpffs.map(|path| (path.clone(), is_writable(&path))),
             cgroup2: find_mount(&mounts, "cgroup2"),
-            memlock: getrlimit(Resource::Memlock).current,
+            memlock: getrlimit(Resource::Memlock).maximum,
         }
     }
 

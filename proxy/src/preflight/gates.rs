@@ -65,6 +65,9 @@ pub(super) fn closed(host: &Host, stage: Stage, failure: &Failure) -> Closed {
     }
 }
 
+/// First kernel that takes SYS_ADMIN for NET_ADMIN wherever bpf() asks for that.
+const SYS_ADMIN_DOES: (u32, u32) = (6, 9);
+
 const BPF: CapabilitySet = CapabilitySet::BPF;
 const NET_ADMIN: CapabilitySet = CapabilitySet::NET_ADMIN;
 const NET_RAW: CapabilitySet = CapabilitySet::NET_RAW;
@@ -76,6 +79,10 @@ const SYS_ADMIN: CapabilitySet = CapabilitySet::SYS_ADMIN;
 fn refused(host: &Host, stage: Stage) -> Closed {
     let needs: &[(CapabilitySet, &'static str)] = match stage {
         Stage::RingBuffer => &[(BPF, CAP_BPF)],
+        // SYS_ADMIN does not do for the guard's map of sockets.
+        Stage::Load if host.kernel < SYS_ADMIN_DOES => {
+            &[(BPF, CAP_BPF), (NET_ADMIN, CAP_NET_ADMIN)]
+        }
         // To load, unlike to attach, SYS_ADMIN does as well.
         Stage::Load => &[(BPF, CAP_BPF), (NET_ADMIN.union(SYS_ADMIN), CAP_NET_ADMIN)],
         Stage::Namespace => &[(SYS_ADMIN, CAP_SYS_ADMIN)],
@@ -153,6 +160,8 @@ mod tests {
         assert_eq!(gate(&host, Stage::RingBuffer, libc::EPERM), LSM);
         assert_eq!(gate(&host, Stage::Load, libc::EPERM), LSM);
         assert_eq!(gate(&host, Stage::Attach, libc::EPERM), CAP_NET_ADMIN);
+        host.kernel = (6, 8);
+        assert_eq!(gate(&host, Stage::Load, libc::EPERM), CAP_NET_ADMIN);
     }
 
     #[test]

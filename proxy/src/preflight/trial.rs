@@ -23,7 +23,7 @@ use crate::packet::object::{OBJECT, Watched};
 use crate::packet::selftest::{self, Verdict};
 
 /// The whole trial takes about a second; after this long it is given up.
-const PATIENCE: Duration = Duration::from_secs(40);
+const PATIENCE: Duration = selftest::LONGEST.saturating_add(Duration::from_secs(30));
 
 /// How long to wait for events of handshakes that are over.
 const EVENTS_WITHIN: Duration = Duration::from_secs(2);

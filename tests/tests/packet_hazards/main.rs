@@ -15,4 +15,5 @@ mod sizes;
 mod stalls;
 mod strays;
 mod urgent;
+mod vlans;
 mod windows;

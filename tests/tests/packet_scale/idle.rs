@@ -13,7 +13,7 @@ use proxy_tests::peers::Peer;
 use proxy_tests::process::need_open_files;
 use proxy_tests::row::{Family, Row};
 use proxy_tests::servers::Upstream;
-use proxy_tests::wait::{BOUND, until};
+use proxy_tests::wait::{bound, until};
 
 use crate::node::Node;
 
@@ -78,7 +78,7 @@ impl Crowd {
             .map(|servers| {
                 let accepted = Arc::clone(&self.accepted);
                 servers.begin(move |(upstream, ends)| {
-                    let deadline = Instant::now() + BOUND;
+                    let deadline = Instant::now() + bound();
                     while accepted.load(Ordering::Relaxed) < total && Instant::now() < deadline {
                         if let Some(end) = upstream.accept_within(Duration::from_millis(50)) {
                             ends.push(end);
@@ -190,7 +190,7 @@ fn idle_connections_cost_half_a_kibibyte_and_no_wake_up() {
     }
     node.await_switched(0);
     node.proxy.await_metric("packet_room", &[], COUNT as f64);
-    node.await_traces(&start, BOUND);
+    node.await_traces(&start, bound());
     println!("nothing is left after {:?}", begun.elapsed());
     assert_eq!(map_memory(), empty);
 }

@@ -34,8 +34,8 @@ contract! {
     {
         splice_v4: Setting::over_wires("splice", V4);
         splice_v6: Setting::over_wires("splice", V6);
-        packet_v4: Setting::over_wires("packet", V4).with(&[("v", "4")]);
-        packet_v6: Setting::over_wires("packet", V6).with(&[("v", "4")]);
+        packet_v4: Setting::over_wires("packet", V4).with(&[("packet-max-rtt", "1s"), ("v", "4")]);
+        packet_v6: Setting::over_wires("packet", V6).with(&[("packet-max-rtt", "1s"), ("v", "4")]);
     }
     {
         streams::two_hundred_megabytes_each_way_at_once,
