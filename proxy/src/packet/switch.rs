@@ -19,7 +19,7 @@ use std::os::fd::AsFd as _;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use proxy_common::{CLIENT, Half, MARK_RESET, Record, SEEN_SYN_ACK, SERVER, Seen, WATCH_LOCAL};
+use proxy_common::{CLIENT, Half, MARK_RESET, Record, SEEN_SYN_ACK, SERVER, Seen};
 use tokio::time::sleep;
 
 use super::eligible::{Ineligible, Leg, judge};
@@ -205,7 +205,7 @@ impl Attempt<'_> {
             Some(seen) if seen.state == SEEN_SYN_ACK => Ok((seen, original)),
             _ => {
                 // The next client that asks for this address will be seen.
-                self.packet.watch(original, WATCH_LOCAL);
+                self.packet.watch_translated(original);
                 Err(Ineligible::Handshake)
             }
         }
