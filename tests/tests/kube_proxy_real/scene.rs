@@ -3,14 +3,15 @@
 
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
 use std::ops::Range;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use proxy_tests::admin;
 use proxy_tests::apiserver::{ApiServer, Options, SERVICE_IP, SERVICE_IP_V6, component};
 use proxy_tests::facts::{self, State};
 use proxy_tests::netns::Host;
@@ -55,7 +56,7 @@ impl Pod {
 
 /// All of it. The proxy belongs on `node`, whose address is the Service's only endpoint.
 pub struct Scene {
-    _kube_proxies: [KubeProxy; 2],
+    kube_proxies: Mutex<[KubeProxy; 2]>,
     api: Arc<ApiServer>,
     pub pod_beside: Pod,
     pub pod_elsewhere: Pod,
@@ -96,7 +97,7 @@ impl Scene {
         let api = management.run(move || ApiServer::start(options)).expect("an API server");
         let api = Arc::new(api);
         let scene = |proxies| Self {
-            _kube_proxies: proxies,
+            kube_proxies: Mutex::new(proxies),
             api: Arc::clone(&api),
             pod_beside,
             pod_elsewhere,
@@ -186,6 +187,13 @@ impl Scene {
         }
     }
 
+    /// Both kube-proxies are killed and come back.
+    #[track_caller]
+    pub fn restart_kube_proxies(&self) {
+        let mut kube_proxies = self.kube_proxies.lock().expect("no panic");
+        kube_proxies.iter_mut().for_each(KubeProxy::restart);
+    }
+
     /// Clients of connections that the kernel relays on the node.
     #[track_caller]
     pub fn relayed_by_kernel(&self) -> BTreeSet<SocketAddr> {
@@ -239,47 +247,66 @@ fn route(host: &Host, to: &str, via: IpAddr) {
 
 /// A node's kube-proxy. Dropping it kills it; if the test is failing, its log is shown.
 struct KubeProxy {
+    host: Arc<Host>,
+    flags: Vec<String>,
     child: Child,
-    log: PathBuf,
-    _folder: TempDir,
+    folder: TempDir,
 }
 
 impl KubeProxy {
     #[track_caller]
-    fn start(host: &Host, node: &str, mode: Mode, pods: &str, kubeconfig: &Path) -> Self {
-        let folder = tempfile::tempdir().expect("a folder");
-        let log = folder.path().join("log");
+    fn start(host: &Arc<Host>, node: &str, mode: Mode, pods: &str, kubeconfig: &Path) -> Self {
         let mode = match mode {
             Mode::Nftables => "nftables",
             Mode::Iptables => "iptables",
         };
-        let mut command = component("kube-proxy").expect("kube-proxy");
-        command
-            .arg(format!("--kubeconfig={}", kubeconfig.display()))
-            .arg(format!("--hostname-override={node}"))
-            .arg(format!("--proxy-mode={mode}"))
-            // The pods'; what comes from elsewhere is translated twice.
-            .arg(format!("--cluster-cidr={pods}"))
-            // It is one for the whole machine.
-            .arg("--conntrack-max-per-core=0")
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(File::create(&log).expect("a log"));
-        die_with_parent(&mut command);
-        let child = host.run(move || command.spawn()).expect("kube-proxy");
-        Self { child, log, _folder: folder }
+        let flags = vec![
+            format!("--kubeconfig={}", kubeconfig.display()),
+            format!("--hostname-override={node}"),
+            format!("--proxy-mode={mode}"),
+            // What comes from elsewhere is translated twice.
+            format!("--cluster-cidr={pods}"),
+            // That limit is one for the whole machine.
+            "--conntrack-max-per-core=0".to_owned(),
+        ];
+        let folder = tempfile::tempdir().expect("a folder");
+        let child = spawn(host, &flags, folder.path());
+        Self { host: Arc::clone(host), flags, child, folder }
     }
+
+    /// Returns when it has written all rules anew.
+    #[track_caller]
+    fn restart(&mut self) {
+        self.end();
+        self.child = spawn(&self.host, &self.flags, self.folder.path());
+        until("kube-proxy is healthy", || {
+            let address = (Ipv4Addr::LOCALHOST, 10256).into();
+            let answer = self.host.run(move || admin::get(address, "/healthz"));
+            answer.is_ok_and(|answer| answer.status == 200)
+        });
+    }
+
+    fn end(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[track_caller]
+fn spawn(host: &Host, flags: &[String], folder: &Path) -> Child {
+    let log = File::options().create(true).append(true).open(folder.join("log"));
+    let mut command = component("kube-proxy").expect("kube-proxy");
+    command.args(flags).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log.expect("a log"));
+    die_with_parent(&mut command);
+    host.run(move || command.spawn()).expect("kube-proxy")
 }
 
 impl Drop for KubeProxy {
     fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        self.end();
         if std::thread::panicking() {
-            eprintln!(
-                "--- kube-proxy:\n{}",
-                std::fs::read_to_string(&self.log).unwrap_or_default()
-            );
+            let log = std::fs::read_to_string(self.folder.path().join("log"));
+            eprintln!("--- kube-proxy:\n{}", log.unwrap_or_default());
         }
     }
 }
