@@ -169,7 +169,11 @@ impl App {
         });
         if config.endpoints.mode != EndpointMode::Off {
             let endpoints = config.endpoints.clone();
-            side.spawn(endpoints::run(endpoints, readiness, Arc::clone(&metrics), drain.watcher()));
+            // kube-proxy of this node leads clients from there to us.
+            let packet = packet.clone();
+            let asked: endpoints::Asked = Box::new(move |address| packet.watch_translated(address));
+            let metrics = Arc::clone(&metrics);
+            side.spawn(endpoints::run(endpoints, readiness, metrics, drain.watcher(), asked));
         }
         let app = Self {
             listening,

@@ -22,6 +22,7 @@ mod write;
 #[cfg(test)]
 mod tests;
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use self::reconciler::{Leave, Reconciler};
@@ -36,6 +37,10 @@ impl Leave for Readiness {
     }
 }
 
+/// Told each address that clients ask for when they mean `default/kubernetes`: what kube-proxy
+/// translates to ours on the way. May be told the same again.
+pub type Asked = Box<dyn Fn(SocketAddr) + Send + Sync>;
+
 /// Keeps the endpoints until draining begins; in mode `off` does nothing. Whatever goes wrong is
 /// logged and counted, and tried again: traffic does not depend on it.
 ///
@@ -46,13 +51,14 @@ pub async fn run(
     readiness: Readiness,
     metrics: Arc<Metrics>,
     drain: Watcher,
+    asked: Asked,
 ) {
     if config.mode == EndpointMode::Off {
         return;
     }
     let keep = async {
         let client = connect::client(&config, &metrics).await;
-        Reconciler::new(config, readiness, metrics, client).run().await;
+        Reconciler::new(config, readiness, metrics, client, asked).run().await;
     };
     tokio::select! {
         () = drain.draining() => {}

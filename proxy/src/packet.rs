@@ -334,6 +334,12 @@ impl Packet {
         lock(&self.seen).get(&tuple, 0).ok()
     }
 
+    /// Has handshakes kept of clients that ask for `address`, which this node's netfilter translates
+    /// to ours.
+    pub fn watch_translated(&self, address: SocketAddr) {
+        self.watch(address, WATCH_LOCAL);
+    }
+
     /// Has the programs keep handshakes with `end`. Whether that is new.
     fn watch(&self, end: SocketAddr, role: u32) -> bool {
         let mut watched = lock(&self.watched);

@@ -1,4 +1,5 @@
-//! A real kube-apiserver with its etcd, on loopback, for the length of one test.
+//! A real kube-apiserver with its etcd, on loopback or on a host of its own, for the length of one
+//! test.
 //!
 //! What a mock cannot answer is decided here: whether an object passes
 //! validation, whether a role is wide enough, and who wins when the API server's
@@ -31,6 +32,9 @@ use process::{Nursery, Process, free_ports};
 /// TEST-NET-1 (RFC 5737): nothing answers there, and a test can tell the API
 /// server's endpoint from ours.
 pub const ADVERTISED: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 10);
+
+/// The same for a server that is IPv6, of the documentation's prefix (RFC 3849).
+const ADVERTISED_V6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 10);
 
 /// The cluster IP of the Service `kubernetes`: the first of 10.96.0.0/16.
 pub const SERVICE_IP: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 1);
@@ -80,6 +84,9 @@ pub struct Options {
     pub endpoint_reconciler: EndpointReconciler,
     /// Also run kube-controller-manager (without node-lifecycle).
     pub controllers: bool,
+    /// Where the API server listens; 127.0.0.1 if not set. Of the host on which it is started, which
+    /// is the one to ask it from. If it is IPv6, so are Services, and `dual_stack` does not matter.
+    pub address: Option<IpAddr>,
 }
 
 /// A running API server. Dropping it kills its processes, and no others, and
@@ -108,7 +115,9 @@ impl ApiServer {
     /// minutes; the message quotes the end of its log.
     pub fn start(options: Options) -> Result<Self> {
         let dir = tempfile::Builder::new().prefix("apiserver-").tempdir()?;
-        let names: [IpAddr; 5] = [
+        let ip = options.address.unwrap_or(Ipv4Addr::LOCALHOST.into());
+        let names: [IpAddr; 6] = [
+            ip,
             Ipv4Addr::LOCALHOST.into(),
             Ipv6Addr::LOCALHOST.into(),
             ADVERTISED.into(),
@@ -127,7 +136,7 @@ impl ApiServer {
             nursery,
             options,
             pki,
-            address: (Ipv4Addr::LOCALHOST, port).into(),
+            address: (ip, port).into(),
             etcd_url,
             dir,
         };
@@ -139,7 +148,7 @@ impl ApiServer {
         Ok(server)
     }
 
-    /// `https://127.0.0.1:<port>`; the port stays the same across restarts.
+    /// `https://127.0.0.1:<port>` (or with [`Options::address`]); the port stays the same across restarts.
     pub fn url(&self) -> String {
         format!("https://{}", self.address)
     }
@@ -151,7 +160,7 @@ impl ApiServer {
 
     /// The certificate of the authority that signed the serving certificate,
     /// as PEM. That certificate is valid for `localhost`, 127.0.0.1, `::1`, the
-    /// names of the Service `kubernetes`, [`ADVERTISED`] and the Service's IPs.
+    /// names of the Service `kubernetes`, [`ADVERTISED`], the Service's IPs and [`Options::address`].
     pub fn ca_pem(&self) -> &str {
         &self.pki.ca_pem
     }
@@ -175,15 +184,24 @@ impl ApiServer {
     /// # Errors
     /// As [`ApiServer::kubectl`]; a refusal by RBAC says `Forbidden`.
     pub fn kubectl_as(&self, kubeconfig: &Path, args: &[&str]) -> Result<String> {
+        let mut command = self.kubectl_command(kubeconfig)?;
+        let output = command.args(args).output().context("execute kubectl")?;
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "kubectl {}: {}", args.join(" "), stderr.trim());
+        String::from_utf8(output.stdout).context("kubectl's output is not UTF-8")
+    }
+
+    /// kubectl with a user's kubeconfig file, to be run by the caller.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn kubectl_command(&self, kubeconfig: &Path) -> Result<Command> {
         let mut command = component("kubectl")?;
         // Its discovery cache would otherwise land in the home directory and
         // answer for another server that had the same port.
         command.arg("--kubeconfig").arg(kubeconfig);
-        command.arg("--cache-dir").arg(self.dir.path().join("kubectl-cache")).args(args);
-        let output = command.output().context("execute kubectl")?;
-        let stderr = String::from_utf8_lossy(&output.stderr);
-        ensure!(output.status.success(), "kubectl {}: {}", args.join(" "), stderr.trim());
-        String::from_utf8(output.stdout).context("kubectl's output is not UTF-8")
+        command.arg("--cache-dir").arg(self.dir.path().join("kubectl-cache"));
+        Ok(command)
     }
 
     /// Applies the YAML (or JSON) documents as administrator; the answer names
@@ -298,14 +316,20 @@ impl ApiServer {
     }
 
     fn apiserver_command(&self) -> Result<Command> {
-        let second = if self.options.dual_stack { ",fd00:10:96::/112" } else { "" };
+        let (advertised, services): (IpAddr, _) = match self.address.ip() {
+            IpAddr::V6(_) => (ADVERTISED_V6.into(), "fd00:10:96::/112"),
+            IpAddr::V4(_) if self.options.dual_stack => {
+                (ADVERTISED.into(), "10.96.0.0/16,fd00:10:96::/112")
+            }
+            IpAddr::V4(_) => (ADVERTISED.into(), "10.96.0.0/16"),
+        };
         let mut command = component("kube-apiserver")?;
         command
             .arg(format!("--etcd-servers={}", self.etcd_url))
             .arg(format!("--bind-address={}", self.address.ip()))
             .arg(format!("--secure-port={}", self.address.port()))
-            .arg(format!("--advertise-address={ADVERTISED}"))
-            .arg(format!("--service-cluster-ip-range=10.96.0.0/16{second}"))
+            .arg(format!("--advertise-address={advertised}"))
+            .arg(format!("--service-cluster-ip-range={services}"))
             .arg(self.options.endpoint_reconciler.as_flag())
             .arg("--authorization-mode=Node,RBAC")
             // Proxies are tested as host-network pods with capabilities.

@@ -102,6 +102,7 @@ fn dual_stack_with_controllers_and_a_rival_reconciler() -> Result<()> {
         dual_stack: true,
         endpoint_reconciler: EndpointReconciler::Lease,
         controllers: true,
+        ..Options::default()
     })?;
     let slice = ["get", "endpointslices", "-n", "default", "-o", "json"];
     eventually("the API server publishes itself", || {

@@ -26,6 +26,9 @@ const TOOLS: [(&str, &str); 2] = [("ip", "iproute2"), ("curl", "curl")];
 const TEST_TOOLS: [(&str, &str); 3] =
     [("nft", "nftables"), ("ethtool", "ethtool"), ("tc", "iproute2")];
 
+/// Programs that only the suites with Kubernetes's own run: a kube-proxy calls it.
+const KUBE_TOOLS: [(&str, &str); 1] = [("iptables", "iptables")];
+
 /// The flags of `setup`.
 #[derive(clap::Args)]
 pub struct Flags {
@@ -77,7 +80,8 @@ pub fn ensure_all(scope: Scope) -> Result<()> {
 
 fn tools(apt: Option<&Apt>, scope: Scope) -> Result<()> {
     let more = if scope >= Scope::Networks { TEST_TOOLS.as_slice() } else { &[] };
-    let wanted = TOOLS.iter().chain(more).copied();
+    let kube = if scope >= Scope::Tests { KUBE_TOOLS.as_slice() } else { &[] };
+    let wanted = TOOLS.iter().chain(more).chain(kube).copied();
     let missing: Vec<(&str, &str)> =
         wanted.filter(|(program, _)| which(program).is_none()).collect();
     let (programs, packages): (Vec<_>, Vec<_>) = missing.into_iter().unzip();

@@ -44,6 +44,7 @@ const SUITES: &[(Tier, &str)] = &[
     (Tier::Kernel, "selftest"),
     (Tier::Kube, "apiserver_smoke"),
     (Tier::Kube, "endpoints_real"),
+    (Tier::Kube, "kube_proxy_real"),
 ];
 
 /// What a step needs, and so when it can run.
@@ -55,7 +56,7 @@ pub enum Tier {
     Contract,
     /// Namespaces, kernel programs and the demo: root
     Kernel,
-    /// A real API server: Go, or its programs in KUBEBUILDER_ASSETS
+    /// A real API server and kube-proxy: root, and Go, or their programs in KUBEBUILDER_ASSETS
     Kube,
     /// Everything
     All,

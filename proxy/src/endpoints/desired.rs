@@ -2,7 +2,7 @@
 //! and of what is seen in the cluster.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use k8s_openapi::api::core::v1::Service;
 use k8s_openapi::api::discovery::v1::{Endpoint, EndpointSlice};
@@ -236,6 +236,17 @@ fn add(entries: &mut Vec<Entry>, new: Entry) {
             }
         }
     }
+}
+
+/// Where clients reach `default/kubernetes`: each of its ClusterIPs with each of its TCP ports.
+pub(super) fn asked(view: View<'_>) -> impl Iterator<Item = SocketAddr> {
+    let spec = view.service.and_then(|service| service.spec.as_ref());
+    let ports = spec.and_then(|spec| spec.ports.as_ref()).into_iter().flatten();
+    let tcp = ports.filter(|port| port.protocol.as_deref().is_none_or(|name| name == "TCP"));
+    let ports: Vec<u16> = tcp.filter_map(|port| u16::try_from(port.port).ok()).collect();
+    let all = service_ips(view.service);
+    all.into_iter()
+        .flat_map(move |ip| ports.clone().into_iter().map(move |port| SocketAddr::new(ip, port)))
 }
 
 /// The ClusterIPs of our Service, published anew only when we are ready to serve.

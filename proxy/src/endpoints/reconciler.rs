@@ -12,9 +12,10 @@ use kube::{Client, ResourceExt};
 use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
+use super::Asked;
 use super::address::Family;
 use super::content;
-use super::desired::{Desired, Known, desired};
+use super::desired::{Desired, Known, asked, desired};
 use super::observe::{Health, News, Observed, SELDOM, Seen, watches};
 use super::outcome::{Outcome, Progress, Round};
 use super::pace::{Pace, Verdict, describe_rival};
@@ -49,6 +50,7 @@ pub(super) struct Reconciler<L> {
     leave: L,
     metrics: Arc<Metrics>,
     client: Client,
+    asked: Asked,
     observed: Observed,
     known: Known,
     pace: Pace,
@@ -75,12 +77,14 @@ impl<L: Leave> Reconciler<L> {
         leave: L,
         metrics: Arc<Metrics>,
         client: Client,
+        asked: Asked,
     ) -> Self {
         Self {
             config,
             leave,
             metrics,
             client,
+            asked,
             observed: Observed::default(),
             known: Known::new(),
             pace: Pace::default(),
@@ -150,6 +154,7 @@ impl<L: Leave> Reconciler<L> {
     fn take(&mut self, seen: Seen) {
         let observed = &mut self.observed;
         let ours = matches!(&seen, Seen::Slice(Ok(Event::Apply(_) | Event::Delete(_))));
+        let is_service = matches!(&seen, Seen::Service(Ok(_)));
         let (what, health) = match seen {
             Seen::Service(news) => ("the Service default/kubernetes", observed.service.take(news)),
             Seen::Slice(news) => {
@@ -168,6 +173,9 @@ impl<L: Leave> Reconciler<L> {
                 warn!(error = %trouble, "cannot watch {what}; trying again quietly");
             }
             Health::Recovered => info!("watching {what} again"),
+        }
+        if is_service {
+            asked(self.observed.view(&self.config)).for_each(&self.asked);
         }
         if ours {
             self.notice();

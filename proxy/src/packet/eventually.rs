@@ -1,29 +1,49 @@
 //! The engine, once it is there. Its self-test and loading its programs take up to some seconds on
 //! a busy machine, and clients need not wait for either.
 
-use std::sync::{Arc, OnceLock};
+use std::collections::HashSet;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, OnceLock};
 
-use super::Packet;
+use super::{Packet, lock};
 
 /// Empty until the engine has started, and for ever if it cannot or may not. Clones share it.
 #[derive(Debug, Clone, Default)]
-pub struct Eventually(Arc<OnceLock<Option<Arc<Packet>>>>);
+pub struct Eventually(Arc<Inner>);
+
+#[derive(Debug, Default)]
+struct Inner {
+    engine: OnceLock<Option<Arc<Packet>>>,
+    /// Told before it was there, perhaps.
+    translated: Mutex<HashSet<SocketAddr>>,
+}
 
 impl Eventually {
     /// The engine, if it is there.
     #[must_use]
     pub fn get(&self) -> Option<&Arc<Packet>> {
-        self.0.get()?.as_ref()
+        self.0.engine.get()?.as_ref()
     }
 
     /// Here it is. False if it comes too late: drop it then.
     #[must_use]
     pub fn fill(&self, packet: &Arc<Packet>) -> bool {
-        self.0.set(Some(Arc::clone(packet))).is_ok()
+        let is_first = self.0.engine.set(Some(Arc::clone(packet))).is_ok();
+        // After the engine can be found: what is told meanwhile reaches it twice rather than never.
+        lock(&self.0.translated).iter().for_each(|address| packet.watch_translated(*address));
+        is_first
+    }
+
+    /// Has the engine watch an address as [`Packet::watch_translated`] says, as soon as it is there.
+    pub fn watch_translated(&self, address: SocketAddr) {
+        lock(&self.0.translated).insert(address);
+        if let Some(packet) = self.get() {
+            packet.watch_translated(address);
+        }
     }
 
     /// What is not there by now need not come any more.
     pub fn close(&self) -> Option<&Arc<Packet>> {
-        self.0.get_or_init(|| None).as_ref()
+        self.0.engine.get_or_init(|| None).as_ref()
     }
 }

@@ -19,7 +19,7 @@ use std::os::fd::AsFd as _;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use proxy_common::{CLIENT, Half, MARK_RESET, Record, SEEN_SYN_ACK, SERVER, Seen, WATCH_LOCAL};
+use proxy_common::{CLIENT, Half, MARK_RESET, Record, SEEN_SYN_ACK, SERVER, Seen};
 use tokio::time::sleep;
 
 use super::eligible::{Ineligible, Leg, judge};
@@ -39,6 +39,9 @@ const SQUEEZED: u32 = 8 * 1024;
 /// How long that may take without what is in our hands becoming less, and in all. Until it has
 /// become little, its receiver takes it as fast as ever.
 const SQUEEZE: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(2));
+
+/// How long a connection that is quiet, but for what we have announced, may receive nothing.
+const LULL: Duration = Duration::from_millis(50);
 
 /// By how much our window may exceed that of the end that will have to stand for it.
 const WINDOW_SLACK: u32 = 64 * 1024;
@@ -206,7 +209,7 @@ impl Attempt<'_> {
             Some(seen) if seen.state == SEEN_SYN_ACK => Ok((seen, original)),
             _ => {
                 // The next client that asks for this address will be seen.
-                self.packet.watch(original, WATCH_LOCAL);
+                self.packet.watch_translated(original);
                 Err(Ineligible::Handshake)
             }
         }
@@ -227,9 +230,29 @@ impl Attempt<'_> {
         Ok(((up, down), up <= FLIGHT && down <= FLIGHT))
     }
 
-    /// Relays with small windows until little enough is in our hands.
+    fn infos(&self) -> Option<[Info; 2]> {
+        Some([Info::of(self.client.0.as_fd())?, Info::of(self.server.0.as_fd())?])
+    }
+
+    /// By how much an end may send more than the other has room for, given what our sockets had
+    /// announced `before`: a window is only used up, whatever a socket says of it once it is bounded.
+    fn overhang(&self, before: &[Info; 2]) -> Result<u64, End> {
+        let now = self.infos().ok_or(End::Stays(Ineligible::Refused))?;
+        let of = |ours: usize, peer: usize| {
+            let used = now[ours].bytes_received().saturating_sub(before[ours].bytes_received());
+            let open = u64::from(before[ours].receive_window_bound()).saturating_sub(used);
+            open.saturating_sub(u64::from(now[peer].send_window().saturating_add(WINDOW_SLACK)))
+        };
+        Ok(of(CLIENT, SERVER) + of(SERVER, CLIENT))
+    }
+
+    /// Relays with small windows until little enough is in our hands. So as well if we have announced
+    /// too much: while bytes flow, our socket's window grows faster than that of an end which reads
+    /// slowly, and stays so once they do not.
     async fn quieten(&mut self) -> Result<(), End> {
-        if self.held_by_us()?.1 {
+        let before = self.infos().ok_or(End::Stays(Ineligible::Refused))?;
+        let was_quiet = self.held_by_us()?.1;
+        if was_quiet && self.overhang(&before)? == 0 {
             return Ok(());
         }
         let begun = Instant::now();
@@ -244,16 +267,21 @@ impl Attempt<'_> {
                 }
             }
             let ((up, down), is_quiet) = self.held_by_us()?;
-            if is_quiet {
+            let overhang = if was_quiet { self.overhang(&before)? } else { 0 };
+            if is_quiet && overhang == 0 {
                 return Ok(());
             }
-            let held = u64::from(up) + u64::from(down);
-            if held < least {
-                (least, shrank) = (held, Instant::now());
+            let left = u64::from(up) + u64::from(down) + overhang;
+            if left < least {
+                (least, shrank) = (left, Instant::now());
             }
-            if shrank.elapsed() >= SQUEEZE.0 || begun.elapsed() >= SQUEEZE.1 {
-                tracing::debug!(up, down, "too busy to be switched");
-                return Err(End::Stays(Ineligible::Busy));
+            let (patience, reason) = match is_quiet {
+                true => (LULL, Ineligible::Window),
+                false => (SQUEEZE.0, Ineligible::Busy),
+            };
+            if shrank.elapsed() >= patience || begun.elapsed() >= SQUEEZE.1 {
+                tracing::debug!(up, down, overhang, "too busy to be switched");
+                return Err(End::Stays(reason));
             }
             sleep(Duration::from_millis(1)).await;
         }
@@ -303,10 +331,7 @@ impl Attempt<'_> {
     /// Checks the moment, writes the record and makes it findable.
     fn prepare(&self, plan: &Plan) -> Result<(Slot, [Half; 2]), Ineligible> {
         let refused = |_| Ineligible::Refused;
-        let infos = [Info::of(self.client.0.as_fd()), Info::of(self.server.0.as_fd())];
-        let [Some(down), Some(up)] = infos else {
-            return Err(Ineligible::Refused);
-        };
+        let [down, up] = self.infos().ok_or(Ineligible::Refused)?;
         if !down.is_established() || !up.is_established() {
             return Err(Ineligible::HalfClosed);
         }

@@ -1,7 +1,9 @@
 //! Reconcilers on a [`Fake`], and words for what tests say often.
 
-use std::sync::Arc;
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -9,6 +11,7 @@ use tokio::task::JoinHandle;
 
 use super::fake::Fake;
 use crate::config::{EndpointConfig, EndpointMode};
+use crate::endpoints::Asked;
 use crate::endpoints::reconciler::{Leave, Reconciler};
 use crate::metrics::Metrics;
 
@@ -26,6 +29,8 @@ impl Leave for Switch {
 pub struct Replica {
     pub metrics: Arc<Metrics>,
     pub ready: Arc<AtomicBool>,
+    /// Addresses that clients ask for.
+    pub asked: Arc<Mutex<BTreeSet<SocketAddr>>>,
     task: JoinHandle<()>,
 }
 
@@ -40,8 +45,13 @@ impl Replica {
         let metrics = Arc::new(Metrics::new().expect("metrics"));
         let ready = Arc::new(AtomicBool::new(true));
         let leave = Switch(Arc::clone(&ready));
-        let reconciler = Reconciler::new(config, leave, Arc::clone(&metrics), fake.client());
-        Self { metrics, ready, task: tokio::spawn(reconciler.run()) }
+        let asked = Arc::<Mutex<BTreeSet<SocketAddr>>>::default();
+        let learnt = Arc::clone(&asked);
+        let learn: Asked = Box::new(move |address| {
+            learnt.lock().expect("no panic").insert(address);
+        });
+        let reconciler = Reconciler::new(config, leave, Arc::clone(&metrics), fake.client(), learn);
+        Self { metrics, ready, asked, task: tokio::spawn(reconciler.run()) }
     }
 
     /// Passes that ended so.

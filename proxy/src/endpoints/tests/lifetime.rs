@@ -34,7 +34,7 @@ async fn run_with(config: EndpointConfig, metrics: Arc<Metrics>, drain: &Drain) 
         Arc::clone(&metrics),
     );
     let readiness = Readiness::new(drain.watcher(), Arc::new(upstream));
-    run(config, readiness, metrics, drain.watcher()).await;
+    run(config, readiness, metrics, drain.watcher(), Box::new(|_| {})).await;
 }
 
 #[tokio::test(start_paused = true)]

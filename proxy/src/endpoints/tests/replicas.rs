@@ -22,6 +22,22 @@ async fn our_own_address_is_published_while_the_service_has_none_but_not_before_
 }
 
 #[tokio::test(start_paused = true)]
+async fn where_clients_ask_is_told_before_anything_is_published() {
+    let fake = cluster();
+    let replica = Replica::start(&fake, config("10.0.0.7"));
+    replica.ready.store(false, Ordering::SeqCst);
+    let asked = || {
+        let asked = replica.asked.lock().expect("no panic");
+        asked.iter().map(ToString::to_string).collect::<Vec<_>>()
+    };
+    seconds(2).await;
+    assert_eq!(asked(), ["10.96.0.1:443"]);
+    service(&fake, &["IPv4", "IPv6"]);
+    seconds(2).await;
+    assert_eq!(asked(), ["10.96.0.1:443", "[fd00:10:96::1]:443"]);
+}
+
+#[tokio::test(start_paused = true)]
 async fn replicas_that_start_together_share_the_slice_and_do_not_fight() {
     let fake = cluster();
     let replicas: Vec<_> =
