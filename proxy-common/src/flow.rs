@@ -30,11 +30,6 @@ pub const SERVER: usize = 1;
 
 /// [`Half::marks`]: this end's FIN was seen; [`Half::fin`] holds.
 pub const MARK_FIN: u8 = 1 << 0;
-/// [`Half::marks`]: this end has acknowledged the other one's FIN.
-pub const MARK_ACKED_FIN: u8 = 1 << 1;
-/// [`Half::marks`]: this end sent a RST that the other one must accept.
-pub const MARK_RESET: u8 = 1 << 2;
-
 /// [`Half::marks`]: this end's FIN came before the other's.
 pub const MARK_FIRST: u8 = 1 << 3;
 /// [`Half::marks`]: this end has begun a new connection with the same addresses, which is the
@@ -93,8 +88,10 @@ pub struct Half {
     /// Largest packet for the device towards this end, in bytes from the IP header on; 0 for no
     /// limit. (Loader, also later.)
     pub mtu: u16,
-    /// 4 or 6. (Loader.)
-    pub family: u8,
+    /// Not 0: this end has acknowledged the other one's FIN. (Program. A byte of its own, like
+    /// [`Self::reset`]: segments of one end may be in the hands of two CPUs at once, and of two
+    /// bits in one byte one could get lost.)
+    pub acked_fin: u8,
     /// Of the client's half. Not 0: the access log knows of the connection's end. (Loader.)
     pub told: u8,
     /// Added to its sequence numbers; taken from acknowledgements that go to it. (Loader.)
@@ -113,14 +110,14 @@ pub struct Half {
     pub in_ifindex: u32,
     /// Device towards it; its segments may arrive there as well. (Loader, also later.)
     pub out_ifindex: u32,
-    /// Shift of the windows that it announces. (Loader.)
-    pub shift: u8,
-    /// Shift of the windows that our socket announced to it. (Loader.)
-    pub our_shift: u8,
+    /// Shifts of windows: see [`Half::shift`] and [`Half::our_shift`]. (Loader.)
+    pub shifts: u8,
+    /// Not 0: this end sent a RST that the other one must accept. (Program.)
+    pub reset: u8,
     /// Not 0: our socket still has bytes on their way to it, so it must see what is acknowledged.
     /// (Loader.)
     pub duty: u8,
-    /// The `MARK_` constants. (Program.)
+    /// The `MARK_` constants, none of which is set with another in two segments. (Program.)
     pub marks: u8,
     /// In its space: after the last byte that it has sent. (Program.)
     pub sent: u32,
@@ -148,6 +145,26 @@ pub struct Half {
 }
 
 impl Half {
+    /// Both shifts as they are kept; none is above 14 (RFC 7323).
+    #[must_use]
+    pub const fn shifts(theirs: u8, ours: u8) -> u8 {
+        theirs & 15 | ours << 4
+    }
+
+    /// Shift of the windows that this end announces.
+    #[inline(always)]
+    #[must_use]
+    pub const fn shift(&self) -> u8 {
+        self.shifts & 15
+    }
+
+    /// Shift of the windows that our socket announced to it.
+    #[inline(always)]
+    #[must_use]
+    pub const fn our_shift(&self) -> u8 {
+        self.shifts >> 4
+    }
+
     /// By how much the sum over a segment of this end changes when its addresses become those
     /// towards `other`: a sum of words in the machine's own order (RFC 1071), carries added once.
     #[must_use]

@@ -10,8 +10,8 @@ mod options;
 
 pub use flow::{
     CLIENT, EVENT_CLOSED, EVENT_LEFT, EVENT_RESET, EVENT_STRAY, EVENT_TOO_BIG, Event, FlowRef,
-    Half, LAYOUT, MARK_ACKED_FIN, MARK_FIN, MARK_FIRST, MARK_LEFT, MARK_RESET, PHASE_FREE,
-    PHASE_LIVE, PHASE_PREPARED, PHASE_SETTLED, Record, SERVER,
+    Half, LAYOUT, MARK_FIN, MARK_FIRST, MARK_LEFT, PHASE_FREE, PHASE_LIVE, PHASE_PREPARED,
+    PHASE_SETTLED, Record, SERVER,
 };
 pub use handshake::{
     Counter, Endpoint, HOOK_EGRESS, HOOK_INGRESS, Handshake, Opening, Pending, SEEN_SYN,
@@ -47,8 +47,11 @@ pub mod names {
     pub const STAGES: &str = "STAGES";
     /// [`Tuple`](crate::Tuple) of a handshake to [`Seen`](crate::Seen).
     pub const SEEN: &str = "SEEN";
-    /// [`Tuple`](crate::Tuple) of an arriving segment to [`FlowRef`](crate::FlowRef).
+    /// [`Tuple`](crate::Tuple) of a segment that arrives from a client to
+    /// [`FlowRef`](crate::FlowRef).
     pub const FLOWS: &str = "FLOWS";
+    /// Array of [`FlowRef`](crate::FlowRef) by local port: where segments from servers lead.
+    pub const OWN_PORTS: &str = "OWN_PORTS";
     /// [`Record`](crate::Record) by slot.
     pub const RECORDS: &str = "RECORDS";
     /// Ring buffer of [`Event`](crate::Event).

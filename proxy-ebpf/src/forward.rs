@@ -15,13 +15,13 @@ use aya_ebpf::helpers::{
 };
 use proxy_common::{
     CLIENT, Counter, EVENT_CLOSED, EVENT_LEFT, EVENT_RESET, EVENT_TOO_BIG, Event, FlowRef,
-    HOOK_INGRESS, Half, MARK_ACKED_FIN, MARK_FIN, MARK_FIRST, MARK_LEFT, MARK_RESET, OptionsBuffer,
-    PHASE_LIVE, PHASE_SETTLED, Record, SERVER, Tuple, flags,
+    HOOK_INGRESS, Half, MARK_FIN, MARK_FIRST, MARK_LEFT, OptionsBuffer, PHASE_LIVE, PHASE_SETTLED,
+    Record, SERVER, Tuple, flags,
 };
 
 use crate::handshake;
 use crate::headers::{self, IPV4_HEADER, IPV6_HEADER, Segment, TCP_HEADER};
-use crate::{EVENTS, FLOWS, RECORDS, SCRATCH, Scratch, count};
+use crate::{EVENTS, FLOWS, OWN_PORTS, RECORDS, SCRATCH, Scratch, count};
 
 /// Ethernet's header. Devices without one are not fit for switched connections.
 const LINK: u32 = 14;
@@ -49,12 +49,32 @@ const OPTION_NOP: u8 = 1;
 const OPTION_SACK: u8 = 5;
 const OPTION_TIMESTAMPS: u8 = 8;
 
-/// Where the tuple of a segment leads, if anywhere.
-#[inline(always)]
-pub fn find(segment: &Segment) -> Option<FlowRef> {
+/// Where the tuple of a segment leads; false if nowhere.
+///
+/// No two connections have one local port towards servers, so there the port alone leads to the
+/// record, which has the rest of the tuple.
+#[inline(never)]
+pub fn find(tuple: &Tuple, flow: &mut FlowRef) -> bool {
+    if let Some(own) = OWN_PORTS.get(u32::from(tuple.destination.port))
+        && own.tag != 0
+        && let Some(record) = RECORDS.get_ptr_mut(own.slot)
+    {
+        // SAFETY: the loader writes a record's constants only while nobody can find it.
+        let server = unsafe { &(*record).halves[SERVER] };
+        if server.remote == tuple.source && server.local == tuple.destination {
+            *flow = *own;
+            return true;
+        }
+    }
     // SAFETY: entries are inserted and deleted, never replaced; the reference is checked against
     // the record's generation before anything is done with it.
-    unsafe { FLOWS.get(segment.tuple) }.copied()
+    match unsafe { FLOWS.get(tuple) } {
+        Some(found) => {
+            *flow = *found;
+            true
+        }
+        None => false,
+    }
 }
 
 /// The verdict on a segment whose tuple is known.
@@ -130,10 +150,10 @@ pub fn forward(skb: *mut __sk_buff, segment: &Segment, slot: u32, tag: u32) -> i
 #[inline(never)]
 pub fn speak_for(skb: *mut __sk_buff, segment: &Segment) -> u8 {
     let arriving = Tuple { source: segment.tuple.destination, destination: segment.tuple.source };
-    // SAFETY: see find.
-    let Some(flow) = (unsafe { FLOWS.get(arriving) }).copied() else {
+    let mut flow = FlowRef::default();
+    if !find(&arriving, &mut flow) {
         return 0;
-    };
+    }
     let Some(record) = RECORDS.get_ptr_mut(flow.slot) else {
         return 0;
     };
@@ -158,7 +178,7 @@ pub fn speak_for(skb: *mut __sk_buff, segment: &Segment) -> u8 {
         return 1;
     };
     let mut new = old;
-    let window = scale(u32::from(other.window) << (other.shift & 15), half.our_shift);
+    let window = scale(u32::from(other.window) << other.shift(), half.our_shift());
     new[8..12].copy_from_slice(&acknowledged.to_be_bytes());
     new[14..16].copy_from_slice(&window.to_be_bytes());
     if !store(skb, LINK + segment.tcp, &new, 0) {
@@ -190,20 +210,14 @@ fn is_farewell(segment: &Segment, record: *mut Record, side: u32) -> u8 {
     }
     // SAFETY: as in is_live.
     let (phase, client, server) = unsafe {
-        (
-            core::ptr::read_volatile(&raw const (*record).phase),
-            core::ptr::read_volatile(&raw const (*record).halves[CLIENT].marks),
-            core::ptr::read_volatile(&raw const (*record).halves[SERVER].marks),
-        )
+        let halves = (&raw mut (*record).halves).cast::<Half>();
+        (core::ptr::read_volatile(&raw const (*record).phase), &mut *halves, &*halves.add(SERVER))
     };
-    let is_over = (client | server) & MARK_RESET != 0 || client & server & MARK_ACKED_FIN != 0;
-    if phase != PHASE_SETTLED || !is_over {
+    let is_reset = client.reset | server.reset != 0;
+    if phase != PHASE_SETTLED || (!is_reset && (client.acked_fin == 0 || server.acked_fin == 0)) {
         return 0;
     }
-    // SAFETY: as above; written with the segments of this end alone.
-    unsafe {
-        core::ptr::write_volatile(&raw mut (*record).halves[CLIENT].marks, client | MARK_LEFT)
-    };
+    client.marks |= MARK_LEFT;
     1
 }
 
@@ -262,12 +276,12 @@ fn follow(segment: &Segment, half: &mut Half, other: &mut Half) -> u8 {
         return 0;
     }
     // What the other end has room for, in this end's numbers.
-    let room = (u32::from(other.window) << (other.shift & 15)).wrapping_add(SLACK);
+    let room = (u32::from(other.window) << other.shift()).wrapping_add(SLACK);
     let ahead = end.wrapping_sub(half.sent);
     let is_plausible = ahead.wrapping_add(room) <= room.wrapping_mul(2);
     let acknowledged = segment.acknowledgement.wrapping_sub(other.seq_add);
     // As RFC 5961, section 5.2: who guesses must guess two numbers.
-    let window = (u32::from(half.window) << (half.shift & 15)).wrapping_add(SLACK);
+    let window = (u32::from(half.window) << half.shift()).wrapping_add(SLACK);
     // Bytes that came by way of our sockets during the switch are not in `sent` yet.
     if !is_plausible
         || is_before(other.sent.wrapping_add(SLACK), acknowledged)
@@ -275,7 +289,11 @@ fn follow(segment: &Segment, half: &mut Half, other: &mut Half) -> u8 {
     {
         return 0;
     }
-    let mut marks = half.marks & !MARK_RESET;
+    if half.reset != 0 {
+        // It went on.
+        half.reset = 0;
+    }
+    let mut marks = half.marks;
     half.window = segment.window;
     let has_fin = marks & MARK_FIN != 0;
     let new_fin = fin != 0 && !has_fin && half.early_fin == 0 && !is_before(end, half.sent);
@@ -306,14 +324,13 @@ fn follow(segment: &Segment, half: &mut Half, other: &mut Half) -> u8 {
     }
     let has_ended = other.marks & MARK_FIN != 0 || other.early_fin != 0;
     let is_acknowledged = has_ended && !is_before(acknowledged, other.fin);
-    let is_news = is_acknowledged && marks & MARK_ACKED_FIN == 0;
+    let is_news = is_acknowledged && half.acked_fin == 0;
     if is_news {
-        marks |= MARK_ACKED_FIN;
-    } else if !has_ended {
-        marks &= !MARK_ACKED_FIN;
+        half.acked_fin = 1;
+    } else if !has_ended && half.acked_fin != 0 {
+        half.acked_fin = 0;
     }
-    // Only segments of this end write this half; and few write marks, so that hardly ever one is
-    // lost between two CPUs.
+    // Only segments of this end write this half, and of those only FIN and what takes it back.
     if half.marks != marks {
         half.marks = marks;
     }
@@ -328,10 +345,10 @@ fn reset(segment: &Segment, half: &mut Half, other: &Half) -> u8 {
     let expected = other.acked.wrapping_sub(half.seq_add);
     let is_genuine =
         !is_before(segment.sequence, expected) && !is_before(half.sent, segment.sequence);
-    if !is_genuine || half.marks & MARK_RESET != 0 {
+    if !is_genuine || half.reset != 0 {
         return 0;
     }
-    half.marks |= MARK_RESET;
+    half.reset = 1;
     EVENT_RESET
 }
 
@@ -584,13 +601,18 @@ fn write_headers<const IP: usize, const ALL: usize>(
     half: &mut Half,
     other: &Half,
 ) -> u8 {
-    let mut words = [0u32; ALL];
-    if !headers::load_words(skb, 0, &mut words) {
+    // Not on the stack, which is small: up to 5.10's verifier rounds each frame up.
+    let Some(scratch) = SCRATCH.get_ptr_mut(u32::from(HOOK_INGRESS)) else {
+        return 1;
+    };
+    // SAFETY: as in rewrite_options; the array has at least so many words, whatever they hold.
+    let words = unsafe { &mut *(&raw mut (*scratch).headers).cast::<[u32; ALL]>() };
+    if !headers::load_words(skb, 0, words) {
         return if ALL > IP + 5 { UNUSUAL } else { 1 };
     }
     // Of TCP's own header; its checksum itself is left to the kernel, which knows whether a device
     // is still to make it.
-    let before = sum_of::<IP, ALL>(&words, u32::MAX);
+    let before = sum_of::<IP, ALL>(words, u32::MAX);
     if ALL > IP + 5 {
         if words[IP + 5] != BEFORE_TIMESTAMPS {
             return UNUSUAL;
@@ -608,15 +630,15 @@ fn write_headers<const IP: usize, const ALL: usize>(
     let offset = (segment.options as u16 / 4 + 5) << 12;
     let flags = offset | segment.flags & PASSING;
     words[IP + 3] = (u32::from(flags) << 16 | u32::from(window)).to_be();
-    let difference = fold32(before + sum_of::<IP, ALL>(&words, 0));
+    let difference = fold32(before + sum_of::<IP, ALL>(words, 0));
     let outside = if IP == IPV4_WORDS {
-        write_ipv4(&mut words, half, other);
+        write_ipv4(words, half, other);
         // This header's own checksum makes up for what changes in it.
         0
     } else {
-        write_ipv6(&mut words, half, other)
+        write_ipv6(words, half, other)
     };
-    if !store_words(skb, LINK, &words) {
+    if !store_words(skb, LINK, words) {
         return 1;
     }
     let tcp = IP as u32 * 4;
@@ -636,13 +658,13 @@ fn write_headers<const IP: usize, const ALL: usize>(
 #[inline(always)]
 fn answer(segment: &Segment, half: &Half, other: &Half) -> (u32, u16) {
     let mut acknowledgement = segment.acknowledgement;
-    let mut window = u32::from(segment.window) << (half.shift & 15);
+    let mut window = u32::from(segment.window) << half.shift();
     if half.duty != 0 && is_before(acknowledgement, half.own_end) {
         // Our socket has acknowledged more to the other end than this end has taken yet.
         window = window.saturating_sub(half.own_end.wrapping_sub(acknowledgement));
         acknowledgement = half.own_end;
     }
-    (acknowledgement.wrapping_sub(other.seq_add), scale(window, other.our_shift))
+    (acknowledgement.wrapping_sub(other.seq_add), scale(window, other.our_shift()))
 }
 
 /// The sum of the words from the TCP header on; with `invert` it is what they take from a sum.
@@ -770,6 +792,10 @@ fn write_acknowledgement(skb: *mut __sk_buff, segment: &Segment, half: &Half) ->
     ) {
         return 1;
     }
+    scratch.length = segment.options;
+    if trim_blocks(skb, segment.tcp, scratch, half.own_end) != 0 {
+        return 1;
+    }
     let mut new = [0u8; TCP_HEADER];
     new[0..2].copy_from_slice(&segment.tuple.source.port.to_be_bytes());
     new[2..4].copy_from_slice(&segment.tuple.destination.port.to_be_bytes());
@@ -802,6 +828,38 @@ fn write_acknowledgement(skb: *mut __sk_buff, segment: &Segment, half: &Half) ->
     // The sum is of the machine's own words, so its bytes are already in the packet's order.
     new[16..18].copy_from_slice(&fold(sum).to_ne_bytes());
     u8::from(!store(skb, LINK + segment.tcp, &new, BPF_F_RECOMPUTE_CSUM.into()))
+}
+
+/// Selective acknowledgements of nothing but what our own socket has sent. It would ignore others;
+/// but a firewall or translation on this host, past which the copy comes and the bytes did not,
+/// would take it for forged.
+#[inline(never)]
+fn trim_blocks(skb: *mut __sk_buff, tcp: u32, scratch: &mut Scratch, own_end: u32) -> u8 {
+    if find_options(scratch) != 0 {
+        return 1;
+    }
+    // SAFETY: as in translate_options.
+    let (at, size) = unsafe {
+        (
+            core::ptr::read_volatile(&raw const scratch.blocks),
+            core::ptr::read_volatile(&raw const scratch.blocks_size),
+        )
+    };
+    for edge in 0..8 {
+        if at == 0 || edge * 4 + 4 > size {
+            return 0;
+        }
+        let place = at + edge * 4;
+        if !is_before(own_end, word(&scratch.old, place)) {
+            continue;
+        }
+        put(&mut scratch.old, place, own_end);
+        let offset = LINK + tcp + TCP_HEADER as u32 + place;
+        if !store(skb, offset, &own_end.to_be_bytes(), BPF_F_RECOMPUTE_CSUM.into()) {
+            return 1;
+        }
+    }
+    0
 }
 
 #[inline(always)]

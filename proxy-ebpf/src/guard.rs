@@ -9,12 +9,12 @@
 use aya_ebpf::helpers::bpf_ktime_get_ns;
 use aya_ebpf::programs::SkLookupContext;
 use proxy_common::{
-    CLIENT, Counter, EVENT_STRAY, Endpoint, MARK_LEFT, PHASE_FREE, PHASE_LIVE, Tuple,
+    CLIENT, Counter, EVENT_STRAY, Endpoint, FlowRef, MARK_LEFT, PHASE_FREE, PHASE_LIVE, Tuple,
 };
 
-use crate::forward::tell;
+use crate::forward::{find, tell};
 use crate::headers::{IPPROTO_TCP, mapped};
-use crate::{FLOWS, GUARD_SOCKETS, LAST_STRAY, RECORDS, count};
+use crate::{GUARD_SOCKETS, LAST_STRAY, RECORDS, count};
 
 const AF_INET: u32 = 2;
 
@@ -60,8 +60,10 @@ pub fn try_guard(ctx: &SkLookupContext) -> Option<()> {
         port: field!(lookup.local_port) as u16,
     };
     let tuple = Tuple { source, destination };
-    // SAFETY: see forward::find.
-    let flow = unsafe { FLOWS.get(tuple) }?;
+    let mut flow = FlowRef::default();
+    if !find(&tuple, &mut flow) {
+        return None;
+    }
     let record = RECORDS.get_ptr_mut(flow.slot)?;
     // SAFETY: plain reads of aligned words that the loader or other programs may be writing.
     let (phase, generation, marks) = unsafe {
@@ -76,7 +78,7 @@ pub fn try_guard(ctx: &SkLookupContext) -> Option<()> {
     }
     count(Counter::Guarded);
     if phase >= PHASE_LIVE && is_time_to_tell() {
-        tell(record, *flow, EVENT_STRAY, 0, (0, 0));
+        tell(record, flow, EVENT_STRAY, 0, (0, 0));
     }
     GUARD_SOCKETS.redirect_sk_lookup(ctx, u32::from(!is_four), 0).ok()
 }

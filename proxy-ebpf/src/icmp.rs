@@ -8,9 +8,9 @@
 use aya_ebpf::bindings::__sk_buff;
 use proxy_common::{Counter, EVENT_TOO_BIG, Endpoint, FlowRef, Half, Tuple};
 
-use crate::forward::{is_before, is_live, tell};
+use crate::forward::{find, is_before, is_live, tell};
 use crate::headers::{self, IPPROTO_TCP, IPV4_HEADER, IPV6_HEADER, is_port_watched, load, mapped};
-use crate::{FLOWS, RECORDS, count};
+use crate::{RECORDS, count};
 
 const ETH_P_IP: u16 = 0x0800;
 const ETH_P_IPV6: u16 = 0x86dd;
@@ -118,10 +118,10 @@ fn quoted_tcp(skb: *mut __sk_buff, at: u32, quote: &mut Quote) -> bool {
 
 #[inline(never)]
 fn heed(quote: &Quote) -> i32 {
-    // SAFETY: as in forward::find.
-    let Some(flow) = unsafe { FLOWS.get(quote.tuple) }.copied() else {
+    let mut flow = FlowRef::default();
+    if !find(&quote.tuple, &mut flow) {
         return 0;
-    };
+    }
     let Some(record) = RECORDS.get_ptr_mut(flow.slot) else {
         return 0;
     };
@@ -140,7 +140,6 @@ fn heed(quote: &Quote) -> i32 {
         return 0;
     }
     count(Counter::TooBig);
-    let flow = FlowRef { slot: flow.slot, tag: flow.tag };
     tell(record, flow, EVENT_TOO_BIG, side ^ 1, (sequence, quote.mtu));
     0
 }

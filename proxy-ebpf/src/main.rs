@@ -26,12 +26,16 @@ use proxy_common::{
 #[map]
 static STAGES: ProgramArray = ProgramArray::with_max_entries(4, 0);
 
-/// Tuples of switched connections, as their segments arrive.
+/// Tuples of switched connections, as segments arrive from their clients.
 #[map]
 static FLOWS: HashMap<Tuple, FlowRef> = HashMap::with_max_entries(32768, BPF_F_NO_PREALLOC);
 
 /// See `linux/bpf.h`: memory for entries that are there, not for all that fit.
 const BPF_F_NO_PREALLOC: u32 = 1;
+
+/// The same for servers, by the local port towards them; see `forward::find`.
+#[map]
+static OWN_PORTS: Array<FlowRef> = Array::with_max_entries(65536, 0);
 
 /// What is done to the segments of each; the loader has it mapped into its memory.
 #[map]
@@ -93,6 +97,8 @@ pub struct Scratch {
     options: TcpOptions,
     length: u32,
     cursor: u32,
+    /// IPv6, TCP and its timestamps, or what comes before that.
+    headers: [u32; 18],
     /// Where the value of this option is; 0 for none.
     timestamps: u32,
     /// The same of selective acknowledgements, and how long it is.
@@ -143,7 +149,8 @@ pub fn packet_ingress(ctx: TcContext) -> i32 {
         }
         _ => return TC_ACT_UNSPEC,
     }
-    if let Some(flow) = forward::find(&segment) {
+    let mut flow = FlowRef::default();
+    if forward::find(&segment.tuple, &mut flow) {
         let verdict = forward::forward(skb, &segment, flow.slot, flow.tag);
         if verdict != TC_ACT_UNSPEC {
             return verdict;

@@ -432,7 +432,6 @@ impl Packet {
         Ok(Half {
             remote: peer.into(),
             local: local.into(),
-            family: if peer.is_ipv4() { 4 } else { 6 },
             mtu: u16::try_from(hop.mtu).unwrap_or(0),
             in_ifindex: seen.ifindex,
             out_ifindex: hop.ifindex,
@@ -671,10 +670,11 @@ pub fn end_all_pinned(directory: &std::path::Path) -> Result<usize> {
         let path = directory.join(name);
         path.exists().then(|| MapData::from_pin(&path).with_context(|| name.to_owned())).transpose()
     };
-    let (Some(records), Some(flows)) = (open(names::RECORDS)?, open(names::FLOWS)?) else {
+    let maps = (open(names::RECORDS)?, open(names::FLOWS)?, open(names::OWN_PORTS)?);
+    let (Some(records), Some(flows), Some(ports)) = maps else {
         return Ok(0);
     };
-    let table = Table::new(records, flows)?;
+    let table = Table::new(records, flows, ports)?;
     let injector = Injector::new().context("raw sockets (capability NET_RAW)")?;
     let mut conntrack = Conntrack::open().unwrap_or_default();
     let mut guards = table.sweep_flows();

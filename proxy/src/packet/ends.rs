@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use proxy_common::{
     CLIENT, Counter, EVENT_CLOSED, EVENT_LEFT, EVENT_RESET, EVENT_STRAY, EVENT_TOO_BIG, Event,
-    MARK_ACKED_FIN, MARK_FIRST, MARK_RESET, PHASE_SETTLED, Record, SERVER,
+    MARK_FIRST, PHASE_SETTLED, Record, SERVER,
 };
 use tokio::time::{Instant, interval, sleep_until};
 
@@ -183,7 +183,7 @@ fn handle(packet: &Arc<Packet>, closing: &mut Closings, event: Event) {
 fn look_through(packet: &Arc<Packet>, closing: &mut Closings) {
     for slot in packet.table().in_use() {
         let Some(record) = packet.table().read(slot) else { continue };
-        let reset = |side: usize| record.halves[side].marks & MARK_RESET != 0;
+        let reset = |side: usize| record.halves[side].reset != 0;
         let (kind, wait) = if is_over(&record) {
             (Kind::Closed, AFTER_CLOSE)
         } else if reset(CLIENT) {
@@ -224,15 +224,15 @@ fn tell(packet: &Packet, mut closing: Closing, record: &Record) -> Closing {
 
 /// Both FINs are acknowledged.
 pub(super) fn is_over(record: &Record) -> bool {
-    record.halves.iter().all(|half| half.marks & MARK_ACKED_FIN != 0)
+    record.halves.iter().all(|half| half.acked_fin != 0)
 }
 
 /// How a connection that is over has ended.
 fn ending(record: &Record) -> Reason {
     let [client, server] = &record.halves;
-    if client.marks & MARK_RESET != 0 {
+    if client.reset != 0 {
         Reason::Reset(Side::Client)
-    } else if server.marks & MARK_RESET != 0 {
+    } else if server.reset != 0 {
         Reason::Reset(Side::Server)
     } else {
         Reason::Closed(first_to_close(record))
@@ -251,7 +251,7 @@ fn sweep(packet: &Arc<Packet>, closing: &mut Closings) {
         let Some(record) = packet.table().read(ended.slot) else { continue };
         if let Kind::Reset(side) = ended.kind {
             let half = &record.halves[if side == Side::Client { CLIENT } else { SERVER }];
-            if half.marks & MARK_RESET == 0 {
+            if half.reset == 0 {
                 // Not genuine: its sender went on.
                 continue;
             }

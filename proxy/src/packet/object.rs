@@ -18,9 +18,10 @@ use super::tcp;
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/steward-ebpf"));
 
 /// Maps that a later process takes over.
-const SHARED: [&str; 9] = [
+const SHARED: [&str; 10] = [
     names::STAGES,
     names::FLOWS,
+    names::OWN_PORTS,
     names::RECORDS,
     names::EVENTS,
     names::GUARD_SOCKETS,
@@ -67,15 +68,17 @@ impl Object {
         loader
             .override_global(aya_log::LEVEL, &0u8, true)
             .map_max_entries(names::RECORDS, connections)
-            .map_max_entries(names::FLOWS, connections.saturating_mul(3));
+            .map_max_entries(names::FLOWS, connections.saturating_mul(2));
         if let Some(pins) = pins {
             for name in SHARED {
                 loader.map_pin_path(name, pins.join(name));
             }
         }
         let mut ebpf = loader.load(OBJECT).context("loading the kernel programs' maps")?;
-        let table = Table::new(data(&mut ebpf, names::RECORDS)?, data(&mut ebpf, names::FLOWS)?)
-            .context("mapping the records of switched connections")?;
+        let [records, flows, ports] = [names::RECORDS, names::FLOWS, names::OWN_PORTS];
+        let table =
+            Table::new(data(&mut ebpf, records)?, data(&mut ebpf, flows)?, data(&mut ebpf, ports)?)
+                .context("mapping the records of switched connections")?;
         let events = RingBuf::try_from(Map::RingBuf(data(&mut ebpf, names::EVENTS)?))?;
         let seen = HashMap::try_from(Map::LruHashMap(data(&mut ebpf, names::SEEN)?))?;
         let watched = Watched::take(&mut ebpf)?;

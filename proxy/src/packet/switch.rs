@@ -19,7 +19,7 @@ use std::os::fd::AsFd as _;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use proxy_common::{CLIENT, Half, MARK_RESET, Record, SEEN_SYN_ACK, SERVER, Seen};
+use proxy_common::{CLIENT, Half, Record, SEEN_SYN_ACK, SERVER, Seen};
 use tokio::time::sleep;
 
 use super::eligible::{Ineligible, Leg, judge};
@@ -159,9 +159,8 @@ impl Attempt<'_> {
         )?;
         let half = |peer, local, seen: &Seen, info: &Info| {
             let mut half = self.packet.half(peer, local, seen)?;
-            half.shift = info.peer_shift();
-            half.our_shift = info.our_shift();
-            half.window = u16::try_from(info.send_window() >> half.shift).unwrap_or(u16::MAX);
+            half.shifts = Half::shifts(info.peer_shift(), info.our_shift());
+            half.window = u16::try_from(info.send_window() >> half.shift()).unwrap_or(u16::MAX);
             Ok(half)
         };
         let mut halves = [
@@ -531,7 +530,7 @@ impl Attempt<'_> {
         // its own, so both get one from us.
         let record = self.packet.table().read(slot).ok_or(Reason::Cut)?;
         for (half, end) in record.halves.iter().zip([Side::Client, Side::Server]) {
-            if half.marks & MARK_RESET != 0 {
+            if half.reset != 0 {
                 return Err(Reason::Reset(end));
             }
         }

@@ -11,23 +11,26 @@ use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
-use aya::maps::{HashMap, MapData, MapError};
+use aya::maps::{Array, HashMap, MapData, MapError};
 use proxy_common::{
-    CLIENT, FlowRef, Half, PHASE_FREE, PHASE_LIVE, PHASE_PREPARED, PHASE_SETTLED, Record, Tuple,
+    CLIENT, FlowRef, Half, PHASE_FREE, PHASE_LIVE, PHASE_PREPARED, PHASE_SETTLED, Record, SERVER,
+    Tuple,
 };
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 /// All records.
-#[derive(Debug)]
 pub struct Table {
     memory: Memory,
     flows: Mutex<Flows>,
+    /// Where segments from servers lead. No two connections have one port.
+    own_ports: Mutex<OwnPorts>,
     free: Mutex<Vec<u32>>,
     /// Programs that are loaded later refer to it by its descriptor.
     _records: MapData,
 }
 
 type Flows = HashMap<MapData, Tuple, FlowRef>;
+type OwnPorts = Array<MapData, FlowRef>;
 
 /// A slot's number and which of its uses is meant.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -64,18 +67,26 @@ impl std::str::FromStr for Slot {
     }
 }
 
+impl std::fmt::Debug for Table {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Table").field("memory", &self.memory).finish_non_exhaustive()
+    }
+}
+
 impl Table {
     /// Maps the records into memory. Whoever had them before may have left some in use.
     ///
     /// # Errors
     /// mmap(2) refuses, or the map is of another kind.
-    pub fn new(records: MapData, flows: MapData) -> io::Result<Self> {
+    pub fn new(records: MapData, flows: MapData, own_ports: MapData) -> io::Result<Self> {
         let info = records.info().map_err(io::Error::other)?;
         let count = info.max_entries();
         let memory = Memory::of(&records, count)?;
         let flows = HashMap::try_from(aya::maps::Map::HashMap(flows)).map_err(io::Error::other)?;
         let flows = Mutex::new(flows);
-        let table = Self { memory, flows, free: Mutex::default(), _records: records };
+        let ports = Array::try_from(aya::maps::Map::Array(own_ports)).map_err(io::Error::other)?;
+        let own_ports = Mutex::new(ports);
+        let table = Self { memory, flows, own_ports, free: Mutex::default(), _records: records };
         let free = (0..count).rev().filter(|&index| table.phase(index) == PHASE_FREE);
         *table.free() = free.collect();
         Ok(table)
@@ -117,10 +128,11 @@ impl Table {
     fn insert(&self, slot: Slot, record: &Record, guard: Option<Tuple>) -> Result<(), MapError> {
         const NO_REPLACE: u64 = 1; // BPF_NOEXIST
         let mut flows = self.flows();
-        for (side, half) in record.halves.iter().enumerate() {
-            let flow = FlowRef::new(slot.index, slot.generation, side);
-            flows.insert(tuple(half), flow, NO_REPLACE)?;
-        }
+        let [client, server] =
+            [CLIENT, SERVER].map(|side| FlowRef::new(slot.index, slot.generation, side));
+        flows.insert(tuple(&record.halves[CLIENT]), client, NO_REPLACE)?;
+        // What may still be there is of a connection that has ended, or the port were not free.
+        self.own_ports().set(port(record), server, 0)?;
         if let Some(tuple) = guard {
             let mut flow = FlowRef::new(slot.index, slot.generation, 0);
             flow.tag |= FlowRef::GUARD_ONLY;
@@ -147,22 +159,29 @@ impl Table {
         let mut was_linked = false;
         let record = self.read(slot);
         self.set_phase(slot, PHASE_PREPARED);
+        // Only our own: after a failed insertion the tuple may be somebody else's.
+        let is_ours = |flow: FlowRef| flow.slot == slot.index && flow.is_of(slot.generation);
         let mut flows = self.flows();
-        let tuples = record.iter().flat_map(|record| record.halves.iter().map(tuple));
-        for tuple in tuples.chain(guard) {
-            // Only our own: after a failed insertion the tuple may be somebody else's.
-            let is_ours = flows
-                .get(&tuple, 0)
-                .is_ok_and(|flow| flow.slot == slot.index && flow.is_of(slot.generation));
-            if is_ours {
+        let client = record.iter().map(|record| tuple(&record.halves[CLIENT]));
+        for tuple in client.chain(guard) {
+            if flows.get(&tuple, 0).is_ok_and(is_ours) {
                 let _ = flows.remove(&tuple);
+                was_linked = true;
+            }
+        }
+        if let Some(record) = &record {
+            let mut ports = self.own_ports();
+            let leads_here = |flow: FlowRef| flow.tag != 0 && is_ours(flow);
+            if ports.get(&port(record), 0).is_ok_and(leads_here) {
+                let _ = ports.set(port(record), FlowRef::default(), 0);
                 was_linked = true;
             }
         }
         was_linked
     }
 
-    /// Removes tuples that lead to no connection: their process ended between two steps. Returns
+    /// Removes tuples that lead to no connection: their process ended between two steps. (A port
+    /// that does leads to a record with another one, which is as good as nowhere.) Returns
     /// the names that connections have only behind address translation, by slot. For the start,
     /// when nobody else changes anything.
     pub fn sweep_flows(&self) -> std::collections::HashMap<u32, Tuple> {
@@ -279,6 +298,10 @@ impl Table {
         self.flows.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn own_ports(&self) -> std::sync::MutexGuard<'_, OwnPorts> {
+        self.own_ports.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn free(&self) -> std::sync::MutexGuard<'_, Vec<u32>> {
         self.free.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -287,6 +310,11 @@ impl Table {
 /// How segments from this end arrive.
 pub fn tuple(half: &Half) -> Tuple {
     Tuple { source: half.remote, destination: half.local }
+}
+
+/// Our port towards the server.
+fn port(record: &Record) -> u32 {
+    record.halves[SERVER].local.port.into()
 }
 
 /// The records in our own memory.

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use proxy_tests::proxy::Proxy;
 use proxy_tests::row::Family;
-use proxy_tests::wait::{BOUND, until};
+use proxy_tests::wait::{bound, until};
 use serde_json::{Value, json};
 
 use crate::kubectl::{Kubectl, get, try_get};
@@ -211,7 +211,7 @@ fn added(line: &str) -> Option<String> {
 fn await_all_relayed_by_kernel(scene: &Scene, proxy: &Proxy, open: &[Open<'_>]) {
     let wanted: BTreeSet<SocketAddr> =
         open.iter().flat_map(|open| open.connections.iter().copied()).collect();
-    let deadline = Instant::now() + BOUND;
+    let deadline = Instant::now() + bound();
     loop {
         let by_kernel = scene.relayed_by_kernel();
         if wanted.is_subset(&by_kernel) {
@@ -221,7 +221,7 @@ fn await_all_relayed_by_kernel(scene: &Scene, proxy: &Proxy, open: &[Open<'_>]) 
             let metrics = proxy.get("/metrics").body;
             let why: Vec<_> = metrics.lines().filter(|line| line.contains("ineligible")).collect();
             let left: Vec<_> = wanted.difference(&by_kernel).collect();
-            panic!("not relayed by the kernel within {BOUND:?}: {left:?}\n{}", why.join("\n"));
+            panic!("not relayed by the kernel within {:?}: {left:?}\n{}", bound(), why.join("\n"));
         }
         std::thread::sleep(Duration::from_millis(50));
     }
