@@ -739,7 +739,10 @@ fn localize(skb: *mut __sk_buff, segment: &Segment, half: &Half) -> i32 {
     }
     let outcome =
         if segment.family == 4 { shorten_ipv4(skb, header) } else { shorten_ipv6(skb, header) };
-    if outcome != 0 || write_acknowledgement(skb, segment, half) != 0 {
+    if outcome != 0
+        || trim_options(skb, segment, half) != 0
+        || write_acknowledgement(skb, segment, half) != 0
+    {
         return TC_ACT_SHOT;
     }
     // SAFETY: as in forward.
@@ -780,61 +783,71 @@ fn write_acknowledgement(skb: *mut __sk_buff, segment: &Segment, half: &Half) ->
     let Some(scratch) = SCRATCH.get_ptr_mut(u32::from(HOOK_INGRESS)) else {
         return 1;
     };
-    // SAFETY: as in rewrite.
+    // SAFETY: as in rewrite_options.
     let scratch = unsafe { &mut *scratch };
-    let length = TCP_HEADER as u32 + segment.options;
-    scratch.old = [0; size_of::<OptionsBuffer>()];
-    if !headers::load_options(
-        skb,
-        segment.tcp + TCP_HEADER as u32,
-        segment.options,
-        &mut scratch.old,
-    ) {
-        return 1;
+    // Pseudo-header and TCP header as one, in the kernel's memory: the stack is small.
+    let words = &mut scratch.headers;
+    let (source, destination) = (&segment.tuple.source, &segment.tuple.destination);
+    let mut at = 0;
+    while at < 4 {
+        words[at] = word_of(&source.address, at);
+        words[4 + at] = word_of(&destination.address, at);
+        at += 1;
     }
-    scratch.length = segment.options;
-    if trim_blocks(skb, segment.tcp, scratch, half.own_end) != 0 {
-        return 1;
-    }
-    let mut new = [0u8; TCP_HEADER];
-    new[0..2].copy_from_slice(&segment.tuple.source.port.to_be_bytes());
-    new[2..4].copy_from_slice(&segment.tuple.destination.port.to_be_bytes());
-    new[4..8].copy_from_slice(&half.own_next.to_be_bytes());
-    new[8..12].copy_from_slice(&acknowledgement.to_be_bytes());
-    let offset = (segment.options as u16 / 4 + 5) << 12;
-    new[12..14].copy_from_slice(&(offset | flags::ACK).to_be_bytes());
-    new[14..16].copy_from_slice(&segment.window.to_be_bytes());
-    // Length and protocol of the pseudo-header, which both families sum alike.
-    let mut rest = [0u8; 8];
-    rest[..4].copy_from_slice(&length.to_be_bytes());
-    rest[7] = headers::IPPROTO_TCP;
-    let mut sum = sum::<8>(&mut rest, 0);
-    let mut source = segment.tuple.source.address;
-    let mut destination = segment.tuple.destination.address;
     if segment.family == 4 {
-        // The mapped form has ten zeros and ffff before the address; ffff is zero to this sum.
-        source[10] = 0;
-        source[11] = 0;
-        destination[10] = 0;
-        destination[11] = 0;
+        // What marks a mapped address is no part of the sum.
+        words[2] = 0;
+        words[6] = 0;
     }
-    sum = self::sum::<16>(&mut source, sum);
-    sum = self::sum::<16>(&mut destination, sum);
-    sum = self::sum::<TCP_HEADER>(&mut new, sum);
-    // SAFETY: the buffer has 64 bytes; those past the options are zero.
-    sum = unsafe {
+    // Length and protocol, which both families sum alike.
+    words[8] = (TCP_HEADER as u32 + segment.options).to_be();
+    words[9] = u32::from(headers::IPPROTO_TCP).to_be();
+    words[10] = (u32::from(source.port) << 16 | u32::from(destination.port)).to_be();
+    words[11] = half.own_next.to_be();
+    words[12] = acknowledgement.to_be();
+    let offset = (segment.options as u16 / 4 + 5) << 12;
+    let flags = u32::from(offset | flags::ACK);
+    words[13] = (flags << 16 | u32::from(segment.window)).to_be();
+    words[14] = 0;
+    // SAFETY: 15 of the 18 words are summed, and 40 bytes of the options' 64: those past the
+    // options are zero.
+    let sum = unsafe {
+        let sum = bpf_csum_diff(core::ptr::null_mut(), 0, words.as_mut_ptr(), 60, 0) as u32;
         bpf_csum_diff(core::ptr::null_mut(), 0, scratch.old.as_mut_ptr().cast(), 40, sum) as u32
     };
     // The sum is of the machine's own words, so its bytes are already in the packet's order.
-    new[16..18].copy_from_slice(&fold(sum).to_ne_bytes());
-    u8::from(!store(skb, LINK + segment.tcp, &new, BPF_F_RECOMPUTE_CSUM.into()))
+    let [a, b] = fold(sum).to_ne_bytes();
+    words[14] = u32::from_ne_bytes([a, b, 0, 0]);
+    let header: &[u32; TCP_HEADER / 4] = &[words[10], words[11], words[12], words[13], words[14]];
+    // SAFETY: as in store.
+    let status = unsafe {
+        bpf_skb_store_bytes(
+            skb,
+            LINK + segment.tcp,
+            header.as_ptr().cast(),
+            TCP_HEADER as u32,
+            BPF_F_RECOMPUTE_CSUM.into(),
+        )
+    };
+    u8::from(status != 0)
 }
 
-/// Selective acknowledgements of nothing but what our own socket has sent. It would ignore others;
-/// but a firewall or translation on this host, past which the copy comes and the bytes did not,
-/// would take it for forged.
+/// Leaves the options for [`write_acknowledgement`] to sum, with selective acknowledgements of
+/// nothing but what our own socket has sent. It would ignore others; but a firewall or translation
+/// on this host, past which the copy comes and the bytes did not, would take it for forged.
 #[inline(never)]
-fn trim_blocks(skb: *mut __sk_buff, tcp: u32, scratch: &mut Scratch, own_end: u32) -> u8 {
+fn trim_options(skb: *mut __sk_buff, segment: &Segment, half: &Half) -> u8 {
+    let Some(scratch) = SCRATCH.get_ptr_mut(u32::from(HOOK_INGRESS)) else {
+        return 1;
+    };
+    // SAFETY: as in rewrite_options.
+    let scratch = unsafe { &mut *scratch };
+    scratch.old = [0; size_of::<OptionsBuffer>()];
+    let first = segment.tcp + TCP_HEADER as u32;
+    if !headers::load_options(skb, first, segment.options, &mut scratch.old) {
+        return 1;
+    }
+    scratch.length = segment.options;
     if find_options(scratch) != 0 {
         return 1;
     }
@@ -850,24 +863,16 @@ fn trim_blocks(skb: *mut __sk_buff, tcp: u32, scratch: &mut Scratch, own_end: u3
             return 0;
         }
         let place = at + edge * 4;
-        if !is_before(own_end, word(&scratch.old, place)) {
+        if !is_before(half.own_end, word(&scratch.old, place)) {
             continue;
         }
-        put(&mut scratch.old, place, own_end);
-        let offset = LINK + tcp + TCP_HEADER as u32 + place;
-        if !store(skb, offset, &own_end.to_be_bytes(), BPF_F_RECOMPUTE_CSUM.into()) {
+        put(&mut scratch.old, place, half.own_end);
+        let bytes = half.own_end.to_be_bytes();
+        if !store(skb, LINK + first + place, &bytes, BPF_F_RECOMPUTE_CSUM.into()) {
             return 1;
         }
     }
     0
-}
-
-#[inline(always)]
-fn sum<const N: usize>(bytes: &mut [u8; N], seed: u32) -> u32 {
-    // SAFETY: the pointer and the size describe `bytes`.
-    unsafe {
-        bpf_csum_diff(core::ptr::null_mut(), 0, bytes.as_mut_ptr().cast(), N as u32, seed) as u32
-    }
 }
 
 #[inline(always)]

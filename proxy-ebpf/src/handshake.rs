@@ -17,6 +17,10 @@ use crate::headers::{self, Segment, TCP_HEADER};
 use crate::{HANDSHAKES, PENDING, REPORT, SCRATCH, SEEN, WATCHED};
 
 const SYN_ACK: u16 = flags::SYN | flags::ACK;
+/// What [`report`] came to: there, without room in the ring, or not readable.
+const REPORTED: u8 = 0;
+const LOST: u8 = 1;
+const UNREPORTED: u8 = 2;
 /// What tells the steps of a handshake from everything else.
 pub const KIND: u16 = flags::SYN | flags::ACK | flags::RST | flags::FIN;
 
@@ -34,7 +38,11 @@ pub fn try_observe(skb: *mut __sk_buff, segment: &Segment, hook: u8) -> Result<(
     }
     match step(segment, hook) {
         0 => Ok(()),
-        step => report(skb, hook, step, segment),
+        step => match report(skb, hook, step, segment) {
+            REPORTED => Ok(()),
+            LOST => Err(Counter::Lost),
+            _ => Err(Counter::Unreadable),
+        },
     }
 }
 
@@ -185,9 +193,11 @@ fn completes(segment: &Segment, hook: u8) -> bool {
 
 /// Puts the event together in the ring buffer's own memory, which, unlike the stack, kernels
 /// before 5.12 let a program index with a variable.
-#[inline(always)]
-fn report(skb: *mut __sk_buff, hook: u8, step: u8, segment: &Segment) -> Result<(), Counter> {
-    let mut entry = HANDSHAKES.reserve::<Handshake>(0).ok_or(Counter::Lost)?;
+#[inline(never)]
+fn report(skb: *mut __sk_buff, hook: u8, step: u8, segment: &Segment) -> u8 {
+    let Some(mut entry) = HANDSHAKES.reserve::<Handshake>(0) else {
+        return LOST;
+    };
     // SAFETY: the entry is ours until submitted or discarded, and has this type's size and
     // alignment.
     let event = unsafe { &mut *entry.as_mut_ptr() };
@@ -216,7 +226,7 @@ fn report(skb: *mut __sk_buff, hook: u8, step: u8, segment: &Segment) -> Result<
         headers::gather(skb);
         if !headers::load_options(skb, first, segment.options, &mut event.raw_options) {
             entry.discard(0);
-            return Err(Counter::Unreadable);
+            return UNREPORTED;
         }
     }
     // The length from memory too, for the reason that parse_in_place gives: after the loop above
@@ -226,7 +236,7 @@ fn report(skb: *mut __sk_buff, hook: u8, step: u8, segment: &Segment) -> Result<
     event.options.parse_in_place(&event.raw_options, length.into());
     tell(skb, event);
     entry.submit(0);
-    Ok(())
+    REPORTED
 }
 
 /// The debug message. The loader sets its level as a constant of the object; where that is lower,
