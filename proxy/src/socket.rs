@@ -16,6 +16,7 @@ use std::future::poll_fn;
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use crate::packet::ports::Port;
@@ -38,6 +39,17 @@ pub const USER_TIMEOUT: Duration = Duration::from_secs(60);
 /// already waits at the source; enough of them, and the host runs into TCP memory pressure, which
 /// hurts everybody on it. In `ARCHITECTURE.md` are the measurements.
 const UNSENT_BYTES: u32 = 256 * 1024;
+/// Half of the bytes that tuning gives a receive queue at most (tcp(7): tcp_rmem), since the kernel
+/// doubles what it is asked for.
+static MOST_QUEUED: OnceLock<i32> = OnceLock::new();
+
+fn most_queued() -> i32 {
+    const USUAL: i32 = 6 << 20;
+    let setting = std::fs::read_to_string("/proc/sys/net/ipv4/tcp_rmem").unwrap_or_default();
+    let most = setting.split_whitespace().nth(2).and_then(|most| most.parse().ok());
+    most.unwrap_or(USUAL) / 2
+}
+
 /// Connections waiting to be accepted; the kernel caps it at net.core.somaxconn.
 const BACKLOG: i32 = 4096;
 
@@ -206,13 +218,22 @@ impl Socket {
         let _ = SockRef::from(&self.fd).set_tcp_user_timeout(timeout);
     }
 
-    /// Bounds the window that the socket announces from now on, in bytes; None lifts the bound. What
-    /// was announced before stays valid (a receiver must not shrink its window, RFC 9293). The
-    /// kernel lifts it as well, when it tunes the buffer of a socket that is read fast.
-    pub fn clamp_window(&self, bytes: Option<u32>) {
-        let bytes = bytes.unwrap_or(1 << 30);
-        // A failure leaves the window as it was, which is a valid choice as well.
-        let _ = set_option(self.fd.as_fd(), libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP, &bytes);
+    /// Keeps the receive queue at about so many bytes, and the window with it: the kernel tunes
+    /// neither any more. What was announced before stays valid (a receiver must not shrink its
+    /// window, RFC 9293). To be ended by [`Self::let_flow`].
+    pub fn hold_back(&self, bytes: usize) {
+        // A failure leaves them as they were, which is a valid choice as well. (The kernel doubles
+        // the number for its own overhead, socket(7).)
+        let _ = SockRef::from(&self.fd).set_recv_buffer_size(bytes);
+    }
+
+    /// Leaves the receive queue to the kernel's tuning again.
+    pub fn let_flow(&self) {
+        // Since 5.15; on older ones the size stays ours, so it becomes what tuning comes to at last.
+        if set_option(self.fd.as_fd(), libc::SOL_SOCKET, libc::SO_BUF_LOCK, &0i32).is_err() {
+            let most = *MOST_QUEUED.get_or_init(most_queued);
+            let _ = set_option(self.fd.as_fd(), libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, &most);
+        }
     }
 
     /// What is still queued for the peer.

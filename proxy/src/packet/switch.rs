@@ -33,8 +33,9 @@ use crate::socket::{Downstream, Info, Socket, Upstream};
 /// window that a peer on a fast network opens with (64 KiB).
 const FLIGHT: u32 = 32 * 1024;
 
-/// Window that both sockets announce while a busy connection is brought to a quiet moment.
-const SQUEEZED: u32 = 8 * 1024;
+/// Bytes that both sockets queue while a busy connection is brought to a quiet moment: less than
+/// [`FLIGHT`], or what comes in a millisecond would be too much again.
+const SQUEEZED: usize = 8 * 1024;
 
 /// How long that may take without what is in our hands becoming less, and in all. Until it has
 /// become little, its receiver takes it as fast as ever.
@@ -254,11 +255,13 @@ impl Attempt<'_> {
         if was_quiet && self.overhang(&before)? == 0 {
             return Ok(());
         }
+        for side in [Side::Client, Side::Server] {
+            self.socket(side).hold_back(SQUEEZED);
+        }
         let begun = Instant::now();
         let (mut least, mut shrank) = (u64::MAX, begun);
         loop {
             for side in [Side::Client, Side::Server] {
-                self.socket(side).clamp_window(Some(SQUEEZED));
                 match self.pass(side)? {
                     Passed::Everything => {}
                     // An end under way is the relay's business.
@@ -286,10 +289,10 @@ impl Attempt<'_> {
         }
     }
 
-    /// Gives both sockets their windows back: this keeps them small, and so does the relay before.
+    /// Gives both sockets their queues back: this keeps them small, and so does the relay before.
     fn loosen(&self) {
         for side in [Side::Client, Side::Server] {
-            self.socket(side).clamp_window(None);
+            self.socket(side).let_flow();
         }
     }
 
@@ -315,9 +318,6 @@ impl Attempt<'_> {
     }
 
     fn count(&mut self, side: Side, bytes: usize) {
-        // Each time: reading makes the kernel tune its buffer, and the bound with it; a fast source
-        // would have filled a window of megabytes before this looks again.
-        self.socket(side).clamp_window(Some(SQUEEZED));
         let bytes = bytes as u64;
         let (total, counter) = match side {
             Side::Client => (&mut self.moved.up, &self.counters.up),

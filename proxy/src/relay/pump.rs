@@ -3,7 +3,7 @@
 use std::future::{Future, poll_fn};
 use std::io;
 use std::pin::pin;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::task::Poll;
 use std::time::Duration;
@@ -21,11 +21,11 @@ use crate::socket::{Downstream, Socket, Upstream};
 const TURN: usize = 1024 * 1024;
 
 /// The same while a better engine is about to look at the connection, which wants little in our
-/// hands: it gets its turn after so much. And the window that sources may fill meanwhile; it is
-/// what the kernel gives a connection to begin with, before it tunes it.
+/// hands: it gets its turn after so much. And the queue that sources may fill meanwhile, which is what
+/// the kernel gives a connection to begin with, before it tunes it.
 const YOUNG_TURN: usize = 64 * 1024;
 
-/// Bytes in one read after which the kernel may have tuned the window.
+/// Bytes in one read after which the kernel may have tuned the queue.
 const TUNES: usize = 8 * 1024;
 
 /// Bytes in one splice below which copying is cheaper than the pipe.
@@ -102,6 +102,7 @@ pub fn run<'a>(
         down: AtomicU64::new(moved.down),
         is_resumed: moved != Moved::default(),
         is_young: pause.is_some() && moved == Moved::default(),
+        held_back: Default::default(),
         in_pipe: AtomicU8::new(0),
         first_to_end: OnceLock::new(),
     };
@@ -146,6 +147,7 @@ pub(crate) async fn last_words(
         down: AtomicU64::new(moved.down),
         is_resumed: true,
         is_young: false,
+        held_back: Default::default(),
         in_pipe: AtomicU8::new(0),
         first_to_end: OnceLock::new(),
     };
@@ -166,6 +168,8 @@ struct Relay<'a> {
     is_resumed: bool,
     /// This is the run before the first look of a better engine.
     is_young: bool,
+    /// Whether the kernel was kept from tuning the queue of the client's socket, and the server's.
+    held_back: [AtomicBool; 2],
     /// Directions that have bytes in a pipe, one bit each ([`Side::bit`]).
     in_pipe: AtomicU8,
     /// The side whose stream ended first.
@@ -306,11 +310,11 @@ impl Relay<'_> {
         if self.is_young() { YOUNG_TURN } else { TURN }
     }
 
-    /// Keeps the kernel from inviting megabytes: it tunes the window for a source whose bytes are
-    /// read fast, and what it has once announced it cannot take back.
+    /// Keeps the kernel from letting megabytes queue up for a source whose bytes are read fast.
     fn stay_small(&self, from: Side, moved: usize) {
-        if self.is_young() && moved >= TUNES {
-            self.socket(from).clamp_window(Some(YOUNG_TURN as u32));
+        let held_back = &self.held_back[usize::from(from == Side::Server)];
+        if self.is_young() && moved >= TUNES && !held_back.swap(true, Ordering::Relaxed) {
+            self.socket(from).hold_back(YOUNG_TURN);
         }
     }
 
@@ -360,8 +364,9 @@ impl Relay<'_> {
     fn pass_on_the_end(&self, from: Side) -> Result<(), Reason> {
         let shut = self.socket(from.other()).shutdown_write();
         shut.map_err(|error| fault(from.other(), &error))?;
-        if self.is_young() {
-            self.socket(from.other()).clamp_window(None);
+        // What is still to come has no look to wait for.
+        if self.held_back[usize::from(from == Side::Client)].load(Ordering::Relaxed) {
+            self.socket(from.other()).let_flow();
         }
         self.first_to_end.get_or_init(|| from);
         Ok(())
