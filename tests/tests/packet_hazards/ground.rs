@@ -200,7 +200,8 @@ impl Traffic {
     }
 }
 
-fn send(peer: &Peer, stream: &mut Stream, len: u64) {
+/// `len` more bytes of the stream.
+pub fn send(peer: &Peer, stream: &mut Stream, len: u64) {
     let end = stream.position() + len;
     let mut buffer = [0; 32 * 1024];
     while stream.position() < end {

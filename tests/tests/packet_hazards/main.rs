@@ -5,6 +5,7 @@
 //! Needs root and the `ip` command (network namespaces).
 
 mod blind;
+mod busy;
 mod ends;
 mod ground;
 mod killed;
