@@ -164,10 +164,12 @@ fn columns(only: &[String]) -> Result<Vec<Column>> {
     Ok(COLUMNS.iter().filter(is_wanted).copied().collect())
 }
 
-/// Unoptimized clients would measure themselves, so the rest is done by an optimized build.
+/// Unoptimized clients would measure themselves, so the rest is done by an optimized build. The
+/// proxy is built as for the image.
 fn build_and_go_on() -> Result<()> {
     setup::ensure_all(Scope::Demo)?;
-    sh(&mut cargo(&["build", "--release", "--package", "proxy", "--package", "xtask"]))?;
+    sh(&mut cargo(&["build", "--release", "--package", "xtask"]))?;
+    sh(&mut cargo(&["build", "--profile", "dist", "--package", "proxy"]))?;
     let mut optimized = std::process::Command::new(target().join("release/xtask"));
     optimized.args(std::env::args_os().skip(1)).arg("--measure");
     use std::os::unix::process::CommandExt as _;
@@ -222,7 +224,7 @@ fn start(labs: &[(&Lab, &[&'static str])], wanted: &[&str]) -> Result<Vec<Way>> 
         let origin = SocketAddr::new(lab.plan.server, lab.plan.server_port);
         lab.server.run(move || load::serve(origin))??;
     }
-    ways::start(labs, &target().join("release/steward-tcp-proxy"), wanted)
+    ways::start(labs, &target().join("dist/steward-tcp-proxy"), wanted)
 }
 
 /// Whoever closes first keeps the port for a minute (TIME_WAIT), and thousands of connections a

@@ -113,6 +113,8 @@ impl Starter<'_> {
             "--admin-socket=off".to_owned(),
             "--bpffs=off".to_owned(),
         ]);
+        // None of the others writes a line for each connection, unless told to.
+        command.env("RUST_LOG", "info,access=off");
         self.launch(command, tempfile::tempdir()?)
     }
 
