@@ -9,6 +9,7 @@
 //!   records of switched connections
 //! - [`paths`]: devices that carry the programs ([`devices`], [`attach`]) and ways ([`routes`])
 //! - [`eligible`]: whether two connections can be joined; [`switch`]: how it is done
+//! - [`volume`]: how many bytes that is
 //! - [`ends`]: what happens to a switched connection later; [`inject`]: segments in its name
 //! - [`selftest`]: two connections of our own, before anybody else's; [`eventually`]: until then
 //! - [`segments`]: that neither end sends more at once than the other takes
@@ -34,6 +35,7 @@ pub mod switch;
 pub mod table;
 pub mod tcp;
 pub mod tracking;
+pub mod volume;
 
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
@@ -42,7 +44,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use aya::Ebpf;
 use aya::maps::{MapData, PerCpuArray, RingBuf};
 use proxy_common::{
@@ -58,7 +60,7 @@ use tokio_util::sync::CancellationToken;
 use crate::config::PacketConfig;
 use crate::control::{Connections, Row, Which};
 use crate::metrics::Metrics;
-use crate::relay::Moment;
+use crate::relay::{Moment, Moved};
 use crate::socket::Socket;
 use conntrack::Conntrack;
 use eligible::Ineligible;
@@ -73,6 +75,7 @@ use ports::{Port, PortPool};
 use segments::Segments;
 use table::{Slot, Table};
 use tracking::Tracking;
+use volume::Volume;
 
 /// When a connection is looked at: short ones end before either. Connect-request-close takes well
 /// under a millisecond on a fast network, and a `kubectl get` with its TLS handshake some ten.
@@ -104,6 +107,7 @@ pub struct Packet {
     /// Names that switched connections have only behind address translation.
     guards: Mutex<HashMap<u32, Tuple>>,
     counters: PerCpuArray<MapData, u64>,
+    volume: Volume,
     metrics: Arc<Metrics>,
     places: Arc<Semaphore>,
     /// Connections taken over beyond `--max-connections`: so many of those that end free no place.
@@ -165,6 +169,14 @@ impl Packet {
             Err(failure @ pins::Failure::Taken(_)) => return Err(failure.into()),
         };
         let directory = pins.as_ref().map(Pins::directory);
+        if attach::is_guarded().context("programs of this network namespace")?
+            && !directory.is_some_and(pins::has_guard)
+        {
+            bail!(
+                "an earlier process has left connections in the kernel, pinned elsewhere: start \
+                 with its --bpffs, or end them with `steward-tcp-proxy cleanup`"
+            );
+        }
         let object = Object::load(directory, connections)?;
         let Object { mut ebpf, table, events, seen, watched, counters, hold } = object;
         // What outlives us must be found again; else it is enough to recognise it.
@@ -197,6 +209,7 @@ impl Packet {
             tracking: Arc::new(tracking),
             guards: Mutex::default(),
             counters,
+            volume: Volume::default(),
             metrics,
             places,
             owed: AtomicUsize::new(0),
@@ -223,6 +236,7 @@ impl Packet {
                     self.ports.claim(record.halves[SERVER].local.port);
                     self.note_guard(slot, guards.remove(&slot.index));
                     if record.halves[CLIENT].told == 0 {
+                        self.volume.adopted(&record);
                         self.take_place();
                         self.count_live(1);
                     }
@@ -445,8 +459,9 @@ impl Packet {
         }
     }
 
-    fn note_switched(self: &Arc<Self>, slot: Slot, took: Duration) {
+    fn note_switched(self: &Arc<Self>, slot: Slot, took: Duration, moved: Moved) {
         self.metrics.packet_switch.observe(took.as_secs_f64());
+        self.volume.begins(moved);
         self.count_live(1);
         if let Some(record) = self.table.read(slot) {
             self.tracking.track(tracked(&record));
@@ -535,6 +550,7 @@ impl Packet {
         if !self.table.mark_told(slot) {
             return false;
         }
+        self.volume.ended(record);
         self.count_live(-1);
         self.free_place();
         let [client, server] = &record.halves;
@@ -597,6 +613,13 @@ impl Packet {
             let metric = self.metrics.packet_oddities.with_label_values(&[label]);
             metric.inc_by(self.count(counter).saturating_sub(metric.get()));
         }
+        let slots = self.table.in_use().into_iter();
+        let living = slots.filter_map(|slot| self.table.read(slot));
+        let is_counted =
+            |record: &Record| record.phase == PHASE_SETTLED && record.halves[CLIENT].told == 0;
+        let [up, down] = self.volume.news(living.filter(is_counted));
+        self.metrics.bytes_up.inc_by(up);
+        self.metrics.bytes_down.inc_by(down);
         let room = self.table.room().min(self.ports.left());
         self.metrics.packet_room.set(i64::try_from(room).unwrap_or(i64::MAX));
     }

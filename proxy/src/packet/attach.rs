@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 
 use aya::Ebpf;
 use aya::programs::{ProgramError, SchedClassifier};
+use proxy_common::names;
 use rustix::io::Errno;
 use rustix::net::netdevice::index_to_name;
 
@@ -24,6 +25,22 @@ use self::clsact::Qdisc;
 use self::hook::Hook;
 use super::devices::{self, Device};
 use super::netlink::{Netlink, context};
+
+/// Whether a guard is at work in this network namespace. While no process runs the engine here, it
+/// is one that an earlier process has pinned, and with it programs that relay connections. Without
+/// CAP_SYS_ADMIN names of programs cannot be read, and any program of the socket lookup counts.
+///
+/// # Errors
+/// The kernel does not tell.
+pub fn is_guarded() -> io::Result<bool> {
+    let ids = tcx::lookups(std::fs::File::open("/proc/thread-self/ns/net")?)?;
+    let name = |id: u32| {
+        let all = aya::programs::loaded_programs();
+        let found = all.filter_map(Result::ok).find(|program| program.id() == id)?;
+        found.name_as_str().map(str::to_owned)
+    };
+    Ok(ids.into_iter().any(|id| name(id).is_none_or(|name| name == names::GUARD)))
+}
 
 /// Why a device got no programs. Nothing on it was changed.
 #[derive(Debug, thiserror::Error)]

@@ -129,6 +129,12 @@ pub fn lock(directory: &Path) -> io::Result<Option<File>> {
     }
 }
 
+/// Whether the programs of the network namespace may be an earlier process's of this directory.
+#[must_use]
+pub fn has_guard(directory: &Path) -> bool {
+    directory.join("guard").exists()
+}
+
 /// The network namespace that the calling thread is in; a lock on it is one for all its processes.
 const NAMESPACE: &str = "/proc/thread-self/ns/net";
 

@@ -122,7 +122,7 @@ impl Attempt<'_> {
         match self.finish(slot, &halves).await {
             Ok(()) => {
                 std::mem::forget(unfinished);
-                self.packet.note_switched(slot, begun.elapsed());
+                self.packet.note_switched(slot, begun.elapsed(), self.moved);
                 Outcome::Switched(slot)
             }
             Err(reason) => Outcome::Ended(reason, self.moved),
@@ -364,6 +364,7 @@ impl Attempt<'_> {
             let half = &mut record.halves[index];
             half.first = plan.first[index];
             half.bytes = received_now;
+            half.seen_ns = tcp::monotonic_ns();
             half.own_next = plan.first[index].wrapping_add(received_now as u32);
             half.sent = half.own_next;
             let add = half.seq_add;

@@ -4,6 +4,7 @@ use proxy_tests::forge::{ACK, FIN, PSH, Segment};
 use proxy_tests::peers::{Ending, both};
 use proxy_tests::row::{Family, Row};
 use proxy_tests::sniff::{Sniffer, Way};
+use proxy_tests::wait::until;
 
 use crate::ground::{Ground, RELAYING, Switched, Traffic, both_families};
 
@@ -14,6 +15,7 @@ both_families!(
     half_closed_by_the_server,
     both_at_once,
     idle_connections_are_reset,
+    their_bytes_are_counted,
     killed_by_hand,
     of_which_nobody_was_told,
     forged_ones_are_taken_back,
@@ -168,11 +170,28 @@ fn both_at_once(family: Family) {
 }
 
 fn idle_connections_are_reset(family: Family) {
-    let ground = Ground::with(Row::new(), family, &[("idle-timeout", "1s")]);
+    let ground = Ground::with(Row::new(), family, &[("idle-timeout", "2s")]);
+    // Nothing passes after the switch.
     let Switched { client, server, .. } = ground.switched();
     client.expect_reset();
     server.expect_reset();
-    assert_eq!(ground.proxy.ended().reason, "idle_timeout");
+    let ended = ground.proxy.ended();
+    assert_eq!(ended.reason, "idle_timeout");
+    assert!(ended.duration_ms >= 2000.0, "not idle for 2 s after {} ms", ended.duration_ms);
+}
+
+fn their_bytes_are_counted(family: Family) {
+    let ground = Ground::new(family);
+    let counted = || {
+        ["up", "down"].map(|way| ground.proxy.metric("bytes_total", &[("direction", way)]) as u64)
+    };
+    let connection = ground.switched();
+    let mut traffic = Traffic::new();
+    traffic.pass(&connection, 3_000_000);
+    until("the bytes are counted", || counted() == [traffic.bytes(); 2]);
+    connection.close();
+    assert_eq!(ground.proxy.ended().reason, "client_closed");
+    assert_eq!(counted(), [traffic.bytes(); 2]);
 }
 
 fn killed_by_hand(family: Family) {

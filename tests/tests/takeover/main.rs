@@ -44,6 +44,7 @@ takeover! {
         unpinned::a_warning_and_resets_when_killed,
         unpinned::sigterm_waits_for_their_end,
         unpinned::the_deadline_and_a_second_signal_reset_them,
+        unpinned::beside_what_another_has_pinned,
         unpinned::pins_belong_to_one_process,
         unpinned::ports_belong_to_one_process,
         traces::cleanup_leaves_nothing_behind,

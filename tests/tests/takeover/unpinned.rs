@@ -96,3 +96,21 @@ pub fn pins_belong_to_one_process(at: &Ground) {
     pairs[0].talk();
     await_relayed_by_kernel(&first, 1.0);
 }
+
+/// What is pinned goes on relaying, so ports are in use of which a process without pins knows
+/// nothing: under `auto` it relays in userspace, and says what to do.
+pub fn beside_what_another_has_pinned(at: &Ground) {
+    let mut pinned = at.launch().start();
+    let pairs = at.switched(&pinned, 2);
+    pairs[0].close();
+    pinned.sigterm();
+    assert_eq!(pinned.exit_code(), Some(0));
+    let next = at.launch().flag("engine", "auto").flag("bpffs", "off").start();
+    let line = next.log_line("the engine's line", |line| line["reason"].is_string());
+    assert!(line["reason"].as_str().is_some_and(|reason| reason.contains("cleanup")), "{line}");
+    pairs[1].talk();
+    let pair = at.pair();
+    pair.talk();
+    pair.close();
+    assert_eq!(next.ended().engine.as_deref(), Some("splice"));
+}

@@ -62,6 +62,23 @@ pub(super) fn programs(index: u32, hook: Hook) -> io::Result<Vec<u32>> {
     }
 }
 
+/// Ids of the programs of the socket lookup in a network namespace.
+pub(super) fn lookups(namespace: impl AsFd) -> io::Result<Vec<u32>> {
+    const SK_LOOKUP: u32 = 36;
+    // MAX_SK_LOOKUP_PROGS is 64 as well.
+    let mut ids = [0u32; 64];
+    let mut query = Query {
+        ifindex: namespace.as_fd().as_raw_fd() as u32,
+        attach_type: SK_LOOKUP,
+        ids: ids.as_mut_ptr() as u64,
+        count: ids.len() as u32,
+        ..Query::default()
+    };
+    // SAFETY: as above.
+    unsafe { bpf(PROG_QUERY, &mut query) }?;
+    Ok(ids[..query.count as usize].to_vec())
+}
+
 /// Keeps a link alive by a file, which must be on a bpffs.
 pub(super) fn pin(link: &OwnedFd, path: &Path) -> io::Result<()> {
     let path = CString::new(path.as_os_str().as_bytes())?;
@@ -99,6 +116,7 @@ const LINK_DETACH: i32 = 34;
 #[repr(C)]
 #[derive(Default)]
 struct Query {
+    /// Or another target's descriptor.
     ifindex: u32,
     attach_type: u32,
     query_flags: u32,
