@@ -3,7 +3,7 @@
 use std::future::{Future, poll_fn};
 use std::io;
 use std::pin::pin;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::task::Poll;
 use std::time::Duration;
@@ -102,8 +102,8 @@ pub fn run<'a>(
         down: AtomicU64::new(moved.down),
         is_resumed: moved != Moved::default(),
         is_young: pause.is_some() && moved == Moved::default(),
-        held_back: Default::default(),
         in_pipe: AtomicU8::new(0),
+        held_back: AtomicU8::new(0),
         first_to_end: OnceLock::new(),
     };
     async move {
@@ -147,8 +147,8 @@ pub(crate) async fn last_words(
         down: AtomicU64::new(moved.down),
         is_resumed: true,
         is_young: false,
-        held_back: Default::default(),
         in_pipe: AtomicU8::new(0),
+        held_back: AtomicU8::new(0),
         first_to_end: OnceLock::new(),
     };
     relay.last_words(from).await;
@@ -168,10 +168,10 @@ struct Relay<'a> {
     is_resumed: bool,
     /// This is the run before the first look of a better engine.
     is_young: bool,
-    /// Whether the kernel was kept from tuning the queue of the client's socket, and the server's.
-    held_back: [AtomicBool; 2],
     /// Directions that have bytes in a pipe, one bit each ([`Side::bit`]).
     in_pipe: AtomicU8,
+    /// Sides whose queue the kernel is kept from tuning, likewise.
+    held_back: AtomicU8,
     /// The side whose stream ended first.
     first_to_end: OnceLock<Side>,
 }
@@ -312,8 +312,8 @@ impl Relay<'_> {
 
     /// Keeps the kernel from letting megabytes queue up for a source whose bytes are read fast.
     fn stay_small(&self, from: Side, moved: usize) {
-        let held_back = &self.held_back[usize::from(from == Side::Server)];
-        if self.is_young() && moved >= TUNES && !held_back.swap(true, Ordering::Relaxed) {
+        let is_due = self.is_young() && moved >= TUNES;
+        if is_due && self.held_back.fetch_or(from.bit(), Ordering::Relaxed) & from.bit() == 0 {
             self.socket(from).hold_back(YOUNG_TURN);
         }
     }
@@ -365,7 +365,7 @@ impl Relay<'_> {
         let shut = self.socket(from.other()).shutdown_write();
         shut.map_err(|error| fault(from.other(), &error))?;
         // What is still to come has no look to wait for.
-        if self.held_back[usize::from(from == Side::Client)].load(Ordering::Relaxed) {
+        if self.held_back.load(Ordering::Relaxed) & from.other().bit() != 0 {
             self.socket(from.other()).let_flow();
         }
         self.first_to_end.get_or_init(|| from);

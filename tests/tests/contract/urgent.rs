@@ -16,11 +16,12 @@ fn pair(at: &Setting, side: Side) -> (Proxy, Peer, Peer) {
 
 pub fn an_urgent_byte_arrives_in_its_place(at: &Setting) {
     for side in Side::BOTH {
-        let (_proxy, writer, reader) = pair(at, side);
+        let (proxy, writer, reader) = pair(at, side);
         writer.send(b"before ");
         writer.send_urgent(b'!');
         writer.send(b" after");
         reader.receive(b"before ! after");
+        drop(proxy);
         // As the very first byte, and two in a row.
         let (_proxy, writer, reader) = pair(at, side);
         writer.send_urgent(b'1');
