@@ -216,12 +216,13 @@ impl App {
             drain.begin();
             self.metrics.draining.set(1);
             info!(signal = name, deadline = ?config.drain_timeout, "draining");
-            let packet = engine.close();
-            if let Some(packet) = packet {
-                packet.hand_over().await;
-            }
-            let packet = packet.filter(|packet| !packet.is_pinned());
+            let engine = engine.close();
+            let packet = engine.filter(|packet| !packet.is_pinned());
             let mut drained = pin!(async {
+                // Waits for switches under way, which may have to wait for an end that reads nothing.
+                if let Some(engine) = engine {
+                    engine.hand_over().await;
+                }
                 // Whom the kernel has let in becomes a session before the last one can end.
                 let _ = accepting.await;
                 drain.drained().await;
