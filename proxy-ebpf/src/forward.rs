@@ -20,7 +20,7 @@ use proxy_common::{
 };
 
 use crate::handshake;
-use crate::headers::{self, IPV4_HEADER, IPV6_HEADER, Segment, TCP_HEADER};
+use crate::headers::{self, IPV4_HEADER, IPV6_HEADER, JUMBO_HEADER, Segment, TCP_HEADER};
 use crate::{EVENTS, FLOWS, OWN_PORTS, RECORDS, SCRATCH, Scratch, count};
 
 /// Ethernet's header. Devices without one are not fit for switched connections.
@@ -45,6 +45,7 @@ const UNUSUAL: u8 = 2;
 /// The IP headers, in words of four bytes.
 const IPV4_WORDS: usize = IPV4_HEADER / 4;
 const IPV6_WORDS: usize = IPV6_HEADER / 4;
+const JUMBO_WORDS: usize = JUMBO_HEADER / 4;
 const OPTION_NOP: u8 = 1;
 const OPTION_SACK: u8 = 5;
 const OPTION_TIMESTAMPS: u8 = 8;
@@ -124,7 +125,11 @@ pub fn forward(skb: *mut __sk_buff, segment: &Segment, slot: u32, tag: u32) -> i
         tell(record, flow, EVENT_LEFT, side, (0, 0));
         return TC_ACT_UNSPEC;
     }
-    if half.duty != 0 && segment.flags & (flags::SYN | flags::RST | flags::ACK) == flags::ACK {
+    // (A large packet's copy could not be made a small one: its headers say that it is large.)
+    if half.duty != 0
+        && segment.flags & (flags::SYN | flags::RST | flags::ACK) == flags::ACK
+        && segment.tcp != JUMBO_HEADER as u32
+    {
         let mark = buffer.mark;
         buffer.mark = COPY;
         // SAFETY: no preconditions. If it fails, our socket misses one acknowledgement.
@@ -245,7 +250,9 @@ fn is_too_big(skb: *mut __sk_buff, segment: &Segment, mtu: u16) -> bool {
     let length = if piece == 0 {
         segment.length
     } else {
-        segment.tcp + TCP_HEADER as u32 + segment.options + piece
+        // What tells the length is left out of what it is cut into.
+        let jumbo = if segment.tcp == JUMBO_HEADER as u32 { 8 } else { 0 };
+        segment.tcp - jumbo + TCP_HEADER as u32 + segment.options + piece
     };
     mtu != 0 && length > u32::from(mtu)
 }
@@ -385,9 +392,12 @@ fn rewrite(skb: *mut __sk_buff, segment: &Segment, half: &mut Half, other: &Half
         // Options that the sender addressed to this hop, not to the next.
         return 1;
     }
+    let is_jumbo = segment.tcp == JUMBO_HEADER as u32;
     if segment.options == TIMESTAMPS_ALONE {
         let outcome = if is_four {
             write_headers::<IPV4_WORDS, 13>(skb, segment, half, other)
+        } else if is_jumbo {
+            write_headers::<JUMBO_WORDS, 20>(skb, segment, half, other)
         } else {
             write_headers::<IPV6_WORDS, 18>(skb, segment, half, other)
         };
@@ -400,6 +410,8 @@ fn rewrite(skb: *mut __sk_buff, segment: &Segment, half: &mut Half, other: &Half
     }
     if is_four {
         write_headers::<IPV4_WORDS, 10>(skb, segment, half, other)
+    } else if is_jumbo {
+        write_headers::<JUMBO_WORDS, 17>(skb, segment, half, other)
     } else {
         write_headers::<IPV6_WORDS, 15>(skb, segment, half, other)
     }
@@ -809,7 +821,7 @@ fn write_acknowledgement(skb: *mut __sk_buff, segment: &Segment, half: &Half) ->
     let flags = u32::from(offset | flags::ACK);
     words[13] = (flags << 16 | u32::from(segment.window)).to_be();
     words[14] = 0;
-    // SAFETY: 15 of the 18 words are summed, and 40 bytes of the options' 64: those past the
+    // SAFETY: 15 of the 20 words are summed, and 40 bytes of the options' 64: those past the
     // options are zero.
     let sum = unsafe {
         let sum = bpf_csum_diff(core::ptr::null_mut(), 0, words.as_mut_ptr(), 60, 0) as u32;

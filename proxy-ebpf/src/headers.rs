@@ -12,8 +12,14 @@ const ETH_P_IPV6: u16 = 0x86dd;
 pub const IPPROTO_TCP: u8 = 6;
 const IPPROTO_ICMP: u8 = 1;
 const IPPROTO_ICMPV6: u8 = 58;
+const IPPROTO_HOPOPTS: u8 = 0;
+/// RFC 2675.
+const OPTION_JUMBO: u8 = 0xc2;
 pub const IPV4_HEADER: usize = 20;
 pub const IPV6_HEADER: usize = 40;
+/// The same with the option that tells the length of a packet above 64 KiB. Such packets are never on
+/// a wire: Linux passes them between its parts where devices are set up for it ("BIG TCP").
+pub const JUMBO_HEADER: usize = IPV6_HEADER + 8;
 pub const TCP_HEADER: usize = 20;
 
 /// What the headers of a TCP segment say.
@@ -79,8 +85,8 @@ fn read_as_it_is(skb: *mut __sk_buff, segment: &mut Segment) -> u8 {
     }
 }
 
-/// Everything but a whole TCP segment is something other. Extension headers of IPv6 are not
-/// followed: no TCP stack puts them before a handshake, and who does so is not fit for rewriting.
+/// Everything but a whole TCP segment is something other. Extension headers of IPv6 (but
+/// for [`JUMBO_HEADER`]) are not followed: no TCP stack puts them before a handshake, and who does so is not fit for rewriting.
 #[inline(never)]
 fn read_ip(skb: *mut __sk_buff, segment: &mut Segment) -> u8 {
     // SAFETY: the context is the kernel's, alive for the whole run of the program.
@@ -107,6 +113,9 @@ fn read_ipv4(skb: *mut __sk_buff, segment: &mut Segment) -> u8 {
     segment.family = 4;
     segment.traffic_class = header[1];
     segment.length = u32::from(u16::from_be_bytes([header[2], header[3]]));
+    if segment.length == 0 {
+        segment.length = length_of(skb);
+    }
     segment.hops = header[8];
     WATCHED_PORT
 }
@@ -116,17 +125,39 @@ fn read_ipv6(skb: *mut __sk_buff, segment: &mut Segment) -> u8 {
     let Some(header) = load::<IPV6_HEADER>(skb, 0) else {
         return UNREADABLE;
     };
-    if header[6] != IPPROTO_TCP {
-        return if header[6] == IPPROTO_ICMPV6 { ICMP } else { OTHER };
+    let mut protocol = header[6];
+    segment.tcp = IPV6_HEADER as u32;
+    segment.length = 40 + u32::from(u16::from_be_bytes([header[4], header[5]]));
+    if segment.length == 40 {
+        segment.length = length_of(skb);
+        if protocol == IPPROTO_HOPOPTS && segment.length > 40 + 65535 {
+            let Some(jumbo) = load::<8>(skb, IPV6_HEADER as u32) else {
+                return UNREADABLE;
+            };
+            if jumbo[1] != 0 || jumbo[2] != OPTION_JUMBO {
+                return OTHER;
+            }
+            protocol = jumbo[0];
+            segment.tcp = JUMBO_HEADER as u32;
+        }
+    }
+    if protocol != IPPROTO_TCP {
+        return if protocol == IPPROTO_ICMPV6 { ICMP } else { OTHER };
     }
     segment.tuple.source.address.copy_from_slice(&header[8..24]);
     segment.tuple.destination.address.copy_from_slice(&header[24..40]);
-    segment.tcp = IPV6_HEADER as u32;
     segment.family = 6;
     segment.traffic_class = header[0] << 4 | header[1] >> 4;
-    segment.length = 40 + u32::from(u16::from_be_bytes([header[4], header[5]]));
     segment.hops = header[7];
     WATCHED_PORT
+}
+
+/// Bytes of a packet that is longer than its header can say. (With Ethernet's header, as everywhere
+/// that these programs are attached.)
+#[inline(always)]
+fn length_of(skb: *mut __sk_buff) -> u32 {
+    // SAFETY: as in read_ip.
+    unsafe { (*skb).len }.saturating_sub(14)
 }
 
 /// A segment that has nothing to do with a watched port is something other.

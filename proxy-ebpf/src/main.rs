@@ -97,8 +97,8 @@ pub struct Scratch {
     options: TcpOptions,
     length: u32,
     cursor: u32,
-    /// IPv6, TCP and its timestamps, or what comes before that.
-    headers: [u32; 18],
+    /// IPv6 with the length of a large packet, TCP and its timestamps, or less.
+    headers: [u32; 20],
     /// Where the value of this option is; 0 for none.
     timestamps: u32,
     /// The same of selective acknowledgements, and how long it is.

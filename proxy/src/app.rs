@@ -5,7 +5,6 @@
 
 use std::io::Write as _;
 use std::net::SocketAddr;
-use std::os::fd::OwnedFd;
 use std::panic::PanicHookInfo;
 use std::pin::pin;
 use std::process::ExitCode;
@@ -24,7 +23,7 @@ use crate::drain::Drain;
 use crate::metrics::{Metrics, Refresh};
 use crate::packet::eventually::Eventually;
 use crate::packet::selftest::{self, Verdict};
-use crate::packet::{self, Packet};
+use crate::packet::{self, Packet, pins};
 use crate::readiness::Readiness;
 use crate::relay::{Counters, Engine, Limits, PipePool, Reason, Wish};
 use crate::session::Shared;
@@ -119,10 +118,10 @@ impl App {
         let timeout = config.connect_timeout;
         let places = Arc::new(Semaphore::new(config.max_connections));
         let packet = Eventually::default();
+        packet.keep_listener(bound.descriptor()?);
         let starter = Starter {
             config: config.packet.clone(),
             listening,
-            listener: bound.descriptor()?,
             upstream: config.upstream.clone(),
             max_connections: config.max_connections,
             places: Arc::clone(&places),
@@ -216,12 +215,13 @@ impl App {
             drain.begin();
             self.metrics.draining.set(1);
             info!(signal = name, deadline = ?config.drain_timeout, "draining");
-            let packet = engine.close();
-            if let Some(packet) = packet {
-                packet.hand_over().await;
-            }
-            let packet = packet.filter(|packet| !packet.is_pinned());
+            let engine = engine.close();
+            let packet = engine.filter(|packet| !packet.is_pinned());
             let mut drained = pin!(async {
+                // Waits for switches under way, which may have to wait for an end that reads nothing.
+                if let Some(engine) = engine {
+                    engine.hand_over().await;
+                }
                 // Whom the kernel has let in becomes a session before the last one can end.
                 let _ = accepting.await;
                 drain.drained().await;
@@ -248,6 +248,7 @@ impl App {
             drained.await;
             clean
         });
+        self.packet.settle();
         if let Some(packet) = self.packet.get().filter(|packet| !packet.is_pinned()) {
             packet.release_ports();
         }
@@ -261,8 +262,6 @@ impl App {
 struct Starter {
     config: PacketConfig,
     listening: SocketAddr,
-    /// A copy of the listener.
-    listener: OwnedFd,
     upstream: UpstreamAddrs,
     max_connections: usize,
     places: Arc<Semaphore>,
@@ -282,14 +281,20 @@ impl Starter {
                 thread.spawn(move || self.start_or_tell()).context("a thread")?;
                 Ok(())
             }
-            Wish::Only(Engine::Packet) => self.start().context("engine packet cannot work here"),
-            Wish::Only(_) => Ok(()),
+            Wish::Only(Engine::Packet) => {
+                self.start().context("engine packet cannot work here").map(drop)
+            }
+            Wish::Only(_) => {
+                drop(self.packet.take_listener());
+                Ok(())
+            }
         }
     }
 
     fn start_or_tell(&self) {
         match self.start() {
-            Ok(()) => info!("the kernel relays connections that begin from here on and fit"),
+            Ok(true) => info!("the kernel relays connections that begin from here on and fit"),
+            Ok(false) => {}
             Err(error) => {
                 let (reason, hint) =
                     (format!("{error:#}"), "`steward-tcp-proxy check` names what is missing");
@@ -298,30 +303,37 @@ impl Starter {
         }
     }
 
-    fn start(&self) -> anyhow::Result<()> {
+    /// False if the process ends before it is there.
+    fn start(&self) -> anyhow::Result<bool> {
         test_packet()?;
+        // Takes seconds if another has it.
+        let namespace = pins::be_the_one()?;
+        let Some(_starting) = self.packet.begin() else { return Ok(false) };
         let _entered = self.side.enter();
         let (places, metrics) = (Arc::clone(&self.places), Arc::clone(&self.metrics));
+        let (listening, most) = (self.listening, self.max_connections);
         let (packet, news) =
-            Packet::start(&self.config, self.listening, self.max_connections, places, metrics)?;
-        packet.bound_segments_of(self.listener.try_clone()?);
+            Packet::start(&self.config, namespace, listening, most, places, metrics)?;
+        if let Some(listener) = self.packet.take_listener() {
+            packet.bound_segments_of(listener);
+        }
         for HostPort { host, port } in &self.upstream.0 {
             if let Host::Ip(ip) = host {
                 packet.expect_upstream(SocketAddr::new(*ip, *port));
             }
         }
         if !self.packet.fill(&packet) {
-            // The process ends.
+            self.side.block_on(packet.hand_over());
             if !packet.is_pinned() {
                 packet.release_ports();
             }
-            return Ok(());
+            return Ok(false);
         }
         let reader = Arc::clone(&packet);
         let refresh = Refresh(Box::new(move || reader.refresh_metrics()));
         let _ = self.metrics.refresh.set(refresh);
         self.side.spawn(packet::ends::run(packet, news, self.idle_timeout));
-        Ok(())
+        Ok(true)
     }
 }
 

@@ -126,6 +126,19 @@ struct Machinery {
     _hold: Hold,
 }
 
+/// Gives reserved ports back when it is dropped, if so.
+struct GiveBack(bool);
+
+impl Drop for GiveBack {
+    fn drop(&mut self) {
+        if self.0
+            && let Err(error) = ports::release_reservation(None)
+        {
+            tracing::warn!(%error, "reserved ports stay reserved");
+        }
+    }
+}
+
 /// What [`ends::run`] waits on.
 pub struct News {
     events: AsyncFd<RingBuf<MapData>>,
@@ -140,18 +153,18 @@ impl std::fmt::Debug for Packet {
 
 impl Packet {
     /// Loads and attaches everything, and takes over what an earlier process has switched. Must
-    /// be called from within a runtime.
+    /// be called from within a runtime. `namespace` is the lock of [`pins::be_the_one`].
     ///
     /// # Errors
     /// What the kernel or missing privileges do not allow: the engine cannot work at all then.
     pub fn start(
         config: &PacketConfig,
+        namespace: std::fs::File,
         listening: SocketAddr,
         max_connections: usize,
         places: Arc<Semaphore>,
         metrics: Arc<Metrics>,
     ) -> Result<(Arc<Self>, News)> {
-        let namespace = pins::be_the_one()?;
         let grace = Grace::start().context("membarrier(2)")?;
         let injector = Injector::new().context("raw sockets (capability NET_RAW)")?;
         // Opened before devices and routes are looked at, so that no change falls in between.
@@ -182,6 +195,7 @@ impl Packet {
         // What outlives us must be found again; else it is enough to recognise it.
         let note = directory.and_then(|_| ports::make_note());
         let ports = PortPool::reserve(note.as_deref()).context("local ports")?;
+        let mut unless_started = GiveBack(directory.is_none());
         if ports.has_reserved() && ports.left() < max_connections {
             tracing::warn!(
                 ports = ports.left(),
@@ -222,6 +236,7 @@ impl Packet {
         let largest_mtu = lock(&packet.machinery).paths.largest_mtu();
         lock(&packet.segments).note_largest_mtu(largest_mtu);
         packet.take_over().context("taking over")?;
+        unless_started.0 = false;
         Ok((packet, News { events, watch }))
     }
 
@@ -317,9 +332,7 @@ impl Packet {
     /// Gives back what was taken from the host for as long as connections live without a socket;
     /// for the end of a process that leaves none.
     pub fn release_ports(&self) {
-        if let Err(error) = ports::release_reservation(None) {
-            tracing::warn!(%error, "reserved ports stay reserved");
-        }
+        drop(GiveBack(true));
     }
 
     /// Switched connections that have not ended.

@@ -39,15 +39,15 @@ pub const USER_TIMEOUT: Duration = Duration::from_secs(60);
 /// already waits at the source; enough of them, and the host runs into TCP memory pressure, which
 /// hurts everybody on it. In `ARCHITECTURE.md` are the measurements.
 const UNSENT_BYTES: u32 = 256 * 1024;
-/// Half of the bytes that tuning gives a receive queue at most (tcp(7): tcp_rmem), since the kernel
-/// doubles what it is asked for.
-static MOST_QUEUED: OnceLock<i32> = OnceLock::new();
+/// Half of the bytes that a receive queue has to begin with, and that tuning gives it at most (tcp(7):
+/// tcp_rmem): the kernel doubles what it is asked for.
+static QUEUES: OnceLock<(i32, i32)> = OnceLock::new();
 
-fn most_queued() -> i32 {
-    const USUAL: i32 = 6 << 20;
+fn queues() -> (i32, i32) {
+    const USUAL: (i32, i32) = (128 << 10, 6 << 20);
     let setting = std::fs::read_to_string("/proc/sys/net/ipv4/tcp_rmem").unwrap_or_default();
-    let most = setting.split_whitespace().nth(2).and_then(|most| most.parse().ok());
-    most.unwrap_or(USUAL) / 2
+    let number = |at| setting.split_whitespace().nth(at).and_then(|text| text.parse().ok());
+    (number(1).unwrap_or(USUAL.0) / 2, number(2).unwrap_or(USUAL.1) / 2)
 }
 
 /// Connections waiting to be accepted; the kernel caps it at net.core.somaxconn.
@@ -228,11 +228,23 @@ impl Socket {
     }
 
     /// Leaves the receive queue to the kernel's tuning again.
+    ///
+    /// That enlarges a queue only when more is read in a round trip than ever before, which one that
+    /// was made smaller does not let happen again (`tcp_rcv_space_adjust`). So it gets the size back
+    /// that tuning had come to.
     pub fn let_flow(&self) {
+        let (usual, most) = *QUEUES.get_or_init(queues);
+        let set = |option, value: i32| set_option(self.as_fd(), libc::SOL_SOCKET, option, &value);
+        let has = SockRef::from(&self.fd).recv_buffer_size().unwrap_or(0);
+        let read = Info::of(self.as_fd()).map_or(0, |info| info.read_at_once());
+        let wanted =
+            i32::try_from(read).unwrap_or(i32::MAX).saturating_mul(2).clamp(usual, most.max(usual));
+        if i32::try_from(has / 2).unwrap_or(i32::MAX) < wanted {
+            let _ = set(libc::SO_RCVBUFFORCE, wanted);
+        }
         // Since 5.15; on older ones the size stays ours, so it becomes what tuning comes to at last.
-        if set_option(self.fd.as_fd(), libc::SOL_SOCKET, libc::SO_BUF_LOCK, &0i32).is_err() {
-            let most = *MOST_QUEUED.get_or_init(most_queued);
-            let _ = set_option(self.fd.as_fd(), libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, &most);
+        if set(libc::SO_BUF_LOCK, 0).is_err() {
+            let _ = set(libc::SO_RCVBUFFORCE, most);
         }
     }
 
@@ -555,6 +567,12 @@ impl Info {
     #[must_use]
     pub fn bytes_acked(&self) -> u64 {
         self.long(120)
+    }
+
+    /// The most bytes that were read within a round trip, by which the kernel tunes the receive queue.
+    #[must_use]
+    pub fn read_at_once(&self) -> u32 {
+        self.word(96)
     }
 
     /// Bytes that arrived in order; FIN counts as one.

@@ -94,8 +94,14 @@ impl Host {
     }
 
     /// What `ip` says if it fails.
+    ///
+    /// # Errors
+    /// Just that.
+    ///
+    /// # Panics
+    /// There is no such command.
     #[track_caller]
-    fn try_ip(&self, arguments: &str) -> Result<(), String> {
+    pub fn try_ip(&self, arguments: &str) -> Result<(), String> {
         let words: Vec<String> = arguments.split_whitespace().map(str::to_owned).collect();
         let output = self.run(move || Command::new("ip").args(words).output());
         let output = output.unwrap_or_else(|e| panic!("the ip command (iproute2): {e}"));

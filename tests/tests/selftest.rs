@@ -1,12 +1,16 @@
 //! The engine in the kernel tries itself before it may have connections. Needs root: the engine
 //! loads programs, each proxy on a host of its own (a network namespace).
 
+use std::net::{IpAddr, Ipv4Addr};
 use std::process::Command;
 use std::sync::Arc;
 
 use proxy_tests::netns::Host;
+use proxy_tests::peers::Peer;
 use proxy_tests::proxy::{Launch, binary};
 use proxy_tests::seccomp::Call;
+use proxy_tests::servers::{ClosedPort, Upstream};
+use proxy_tests::wait::until;
 use serde_json::Value;
 
 /// Freezing a socket, the last step of a switch, which nothing needs before the first switch:
@@ -71,4 +75,54 @@ fn where_all_works_nothing_is_said() {
     let proxy = launch("packet").start();
     let line = proxy.log_line("the first line", |_| true);
     assert!(begins(&line, "listening"), "{line:#}");
+}
+
+/// On `host`, without the self-test, which takes a while and leaves nothing anyway.
+fn untested(host: &Arc<Host>, engine: &str, upstream: &Upstream) -> Launch {
+    let launch = Launch::new(upstream.address()).flag("max-connections", 100);
+    launch.flag("engine", engine).refuse(Call::new(libc::SYS_unshare)).on(host)
+}
+
+fn host_with_upstream() -> (Arc<Host>, Upstream) {
+    let host = Arc::new(Host::new("node"));
+    let upstream = host.run(|| Upstream::new(IpAddr::V4(Ipv4Addr::LOCALHOST)));
+    (host, upstream)
+}
+
+/// Nobody but the engine itself gives ports back that it has reserved.
+#[test]
+fn sigterm_while_it_starts_leaves_no_port_reserved() {
+    let (host, upstream) = host_with_upstream();
+    let is_reserved = || !host.read("/proc/sys/net/ipv4/ip_local_reserved_ports").trim().is_empty();
+    for _ in 0..5 {
+        let mut proxy = untested(&host, "auto", &upstream).start();
+        until("ports are reserved", is_reserved);
+        proxy.sigterm();
+        assert_eq!(proxy.exit_code(), Some(0));
+        assert!(!is_reserved(), "and stay so");
+    }
+}
+
+/// Who comes after SIGTERM is refused, whatever the engine still waits for.
+#[test]
+fn sigterm_while_it_starts_closes_the_listener() {
+    let (host, upstream) = host_with_upstream();
+    // It takes the other's place only after some seconds of waiting in vain.
+    let other = untested(&host, "packet", &upstream).start();
+    let mut proxy = untested(&host, "auto", &upstream).start();
+    let address = proxy.address();
+    let client = host.run(move || Peer::connect(address));
+    let server = upstream.accept();
+    client.send(b"before");
+    server.receive(b"before");
+    proxy.sigterm();
+    until("the listener is closed", || host.run(move || ClosedPort::try_bind(address).is_ok()));
+    let gave_up = proxy.count_lines(|line| begins(line, "no relaying in the kernel"));
+    assert_eq!(gave_up, 0, "closed only once the engine was no longer waited for");
+    client.finish();
+    server.expect_eof();
+    server.finish();
+    client.expect_eof();
+    assert_eq!(proxy.exit_code(), Some(0));
+    drop(other);
 }

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use proxy_common::{
     CLIENT, Counter, EVENT_CLOSED, EVENT_LEFT, EVENT_RESET, EVENT_STRAY, EVENT_TOO_BIG, Event,
-    MARK_FIRST, PHASE_SETTLED, Record, SERVER,
+    Half, MARK_FIN, MARK_FIRST, PHASE_SETTLED, Record, SERVER,
 };
 use tokio::time::{Instant, interval, sleep_until};
 
@@ -27,6 +27,11 @@ const AFTER_CLOSE: Duration = Duration::from_secs(60);
 
 /// How long after a RST: the other end may not have taken it, and go on.
 const AFTER_RESET: Duration = Duration::from_secs(3);
+
+/// How long both ends may keep silent after both have said that this is all. One that is there repeats
+/// that every two minutes at least, until it is acknowledged or given up (Linux: TCP_RTO_MAX); one that
+/// is gone (a pod and its device, say) never acknowledges anything, and nobody would tell of it.
+const ABANDONED: Duration = Duration::from_secs(300);
 
 /// When to look again at a connection that has ended before its switch was done.
 const SOON: Duration = Duration::from_millis(100);
@@ -46,6 +51,9 @@ enum Kind {
     Closed,
     /// A RST of this side was passed on.
     Reset(Side),
+    /// One FIN is acknowledged. It may stay like this for as long as the ends want, unless both
+    /// have sent one: see [`ABANDONED`].
+    Half,
 }
 
 /// All of them, in the order in which they are due: there may be tens of thousands at once.
@@ -150,7 +158,12 @@ fn handle(packet: &Arc<Packet>, closing: &mut Closings, event: Event) {
     match event.kind {
         EVENT_TOO_BIG => tell_too_big(packet, &record, &event),
         // One end's FIN; the other's event comes with its own.
-        EVENT_CLOSED if !is_over(&record) => {}
+        EVENT_CLOSED if !is_over(&record) => {
+            let due = Instant::now() + ABANDONED;
+            if closing.get(slot).is_none() {
+                closing.insert(Closing { slot, due, kind: Kind::Half, is_told: false });
+            }
+        }
         EVENT_CLOSED => {
             let due = Instant::now() + AFTER_CLOSE;
             let ended = Closing { slot, due, kind: Kind::Closed, is_told: false };
@@ -161,7 +174,7 @@ fn handle(packet: &Arc<Packet>, closing: &mut Closings, event: Event) {
         EVENT_RESET => {
             let due = Instant::now() + AFTER_RESET;
             let kind = Kind::Reset(side);
-            if closing.get(slot).is_none() {
+            if closing.get(slot).is_none_or(|known| known.kind == Kind::Half) {
                 closing.insert(Closing { slot, due, kind, is_told: false });
             }
         }
@@ -190,10 +203,12 @@ fn look_through(packet: &Arc<Packet>, closing: &mut Closings) {
             (Kind::Reset(Side::Client), AFTER_RESET)
         } else if reset(SERVER) {
             (Kind::Reset(Side::Server), AFTER_RESET)
+        } else if record.halves.iter().any(|half| half.acked_fin != 0) {
+            (Kind::Half, ABANDONED)
         } else {
             continue;
         };
-        if closing.get(slot).is_some() {
+        if closing.get(slot).is_some_and(|known| known.kind != Kind::Half || kind == Kind::Half) {
             continue;
         }
         let due = Instant::now() + wait.saturating_sub(silence(&record));
@@ -211,7 +226,7 @@ fn look_through(packet: &Arc<Packet>, closing: &mut Closings) {
 fn tell(packet: &Packet, mut closing: Closing, record: &Record) -> Closing {
     if record.phase == PHASE_SETTLED {
         let reason = match closing.kind {
-            Kind::Closed => Reason::Closed(first_to_close(record)),
+            Kind::Closed | Kind::Half => Reason::Closed(first_to_close(record)),
             Kind::Reset(side) => Reason::Reset(side),
         };
         packet.tell_end(closing.slot, record, reason.as_label());
@@ -225,6 +240,18 @@ fn tell(packet: &Packet, mut closing: Closing, record: &Record) -> Closing {
 /// Both FINs are acknowledged.
 pub(super) fn is_over(record: &Record) -> bool {
     record.halves.iter().all(|half| half.acked_fin != 0)
+}
+
+/// When to look again at a connection of which one FIN is acknowledged; `None` if it is over.
+fn left_to_half_closed(record: &Record, silent: Duration) -> Option<Duration> {
+    let has_ended = |half: &Half| half.marks & MARK_FIN != 0 || half.early_fin != 0;
+    if is_over(record) {
+        None
+    } else if record.halves.iter().all(has_ended) {
+        Some(ABANDONED.saturating_sub(silent)).filter(|left| !left.is_zero())
+    } else {
+        Some(ABANDONED)
+    }
 }
 
 /// How a connection that is over has ended.
@@ -249,6 +276,12 @@ fn sweep(packet: &Arc<Packet>, closing: &mut Closings) {
     for mut ended in closing.take_due(now) {
         // Absent: killed meanwhile, or the switch did not succeed.
         let Some(record) = packet.table().read(ended.slot) else { continue };
+        if ended.kind == Kind::Half
+            && let Some(left) = left_to_half_closed(&record, silence(&record))
+        {
+            closing.insert(Closing { due: now + left, ..ended });
+            continue;
+        }
         if let Kind::Reset(side) = ended.kind {
             let half = &record.halves[if side == Side::Client { CLIENT } else { SERVER }];
             if half.reset == 0 {
@@ -262,10 +295,10 @@ fn sweep(packet: &Arc<Packet>, closing: &mut Closings) {
         let silent = silence(&record);
         if !ended.is_told {
             closing.insert(ended);
-        } else if ended.kind == Kind::Closed && silent < AFTER_CLOSE {
+        } else if matches!(ended.kind, Kind::Closed | Kind::Half) && silent < AFTER_CLOSE {
             // The wait begins anew with each segment.
             let due = now + (AFTER_CLOSE - silent);
-            closing.insert(Closing { due, ..ended });
+            closing.insert(Closing { due, kind: Kind::Closed, ..ended });
         } else {
             packet.retire(ended.slot, &record);
         }
@@ -300,4 +333,27 @@ fn tell_too_big(packet: &Packet, record: &Record, event: &Event) {
         length: u32::from(half.mtu).max(event.mtu),
     };
     let _ = packet.injector.too_big(us.ip(), sender, &original, event.mtu);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn half_closed_connections_live_until_both_have_ended_and_are_gone() {
+        let long = ABANDONED * 100;
+        let mut record = Record::default();
+        record.halves[CLIENT].marks = MARK_FIN;
+        record.halves[SERVER].acked_fin = 1;
+        assert_eq!(left_to_half_closed(&record, long), Some(ABANDONED), "one may listen for ever");
+        for early in [false, true] {
+            record.halves[SERVER].marks = if early { 0 } else { MARK_FIN };
+            record.halves[SERVER].early_fin = u8::from(early);
+            let second = Duration::from_secs(1);
+            assert_eq!(left_to_half_closed(&record, ABANDONED - second), Some(second));
+            assert_eq!(left_to_half_closed(&record, ABANDONED), None);
+        }
+        record.halves[CLIENT].acked_fin = 1;
+        assert_eq!(left_to_half_closed(&record, Duration::ZERO), None);
+    }
 }

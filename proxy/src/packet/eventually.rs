@@ -3,7 +3,8 @@
 
 use std::collections::HashSet;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, OnceLock};
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use super::{Packet, lock};
 
@@ -16,13 +17,38 @@ struct Inner {
     engine: OnceLock<Option<Arc<Packet>>>,
     /// Told before it was there, perhaps.
     translated: Mutex<HashSet<SocketAddr>>,
+    /// The listener, which the engine will have something to say to.
+    listener: Mutex<Option<OwnedFd>>,
+    /// Held while the host is changed for an engine that is not there yet.
+    starting: Mutex<()>,
 }
+
+/// See [`Eventually::begin`].
+#[derive(Debug)]
+pub struct Starting<'a>(#[expect(dead_code, reason = "held")] MutexGuard<'a, ()>);
 
 impl Eventually {
     /// The engine, if it is there.
     #[must_use]
     pub fn get(&self) -> Option<&Arc<Packet>> {
         self.0.engine.get()?.as_ref()
+    }
+
+    /// Keeps a copy of the listener for the engine, as long as that may come.
+    pub fn keep_listener(&self, listener: OwnedFd) {
+        *lock(&self.0.listener) = Some(listener);
+    }
+
+    /// The copy; `None` if no engine is wanted any more.
+    pub fn take_listener(&self) -> Option<OwnedFd> {
+        lock(&self.0.listener).take()
+    }
+
+    /// From here on the host is changed, until the engine is there or has undone it; `None` if none is
+    /// wanted any more.
+    pub fn begin(&self) -> Option<Starting<'_>> {
+        let starting = lock(&self.0.starting);
+        self.0.engine.get().is_none().then_some(Starting(starting))
     }
 
     /// Here it is. False if it comes too late: drop it then.
@@ -44,6 +70,15 @@ impl Eventually {
 
     /// What is not there by now need not come any more.
     pub fn close(&self) -> Option<&Arc<Packet>> {
-        self.0.engine.get_or_init(|| None).as_ref()
+        let engine = self.0.engine.get_or_init(|| None).as_ref();
+        // Or clients were still let in, and never accepted.
+        drop(self.take_listener());
+        engine
+    }
+
+    /// Returns when nothing is under way that the end of the process must not cut short: to be
+    /// called after [`Self::close`].
+    pub fn settle(&self) {
+        drop(lock(&self.0.starting));
     }
 }

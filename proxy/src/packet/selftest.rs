@@ -27,7 +27,7 @@ use tracing::subscriber::NoSubscriber;
 use super::attach::Method;
 use super::eligible::Ineligible;
 use super::eventually::Eventually;
-use super::{Packet, ends};
+use super::{Packet, ends, pins};
 use crate::accept;
 use crate::config::{Host, HostPort, ListenAddr, PacketConfig, UpstreamAddrs};
 use crate::drain::Drain;
@@ -137,7 +137,8 @@ impl<'a> Test<'a> {
         // Each relay of the test has a listener of its own, which it has watched itself.
         let nowhere = SocketAddr::from(([0; 4], 0));
         let places = Arc::new(Semaphore::new(16));
-        let (packet, news) = Packet::start(&config, nowhere, 16, places, metrics)?;
+        let (packet, news) =
+            Packet::start(&config, pins::be_the_one()?, nowhere, 16, places, metrics)?;
         loaded();
         tokio::spawn(ends::run(Arc::clone(&packet), news, None));
         let test = Self { ground, packet };

@@ -361,6 +361,10 @@ impl Attempt<'_> {
             if !is_consistent {
                 return Err(Ineligible::Numbers);
             }
+            // What our socket has taken must not have to wait for an end that reads nothing.
+            if unread + unacknowledged > sink.send_window() {
+                return Err(Ineligible::Window);
+            }
             let half = &mut record.halves[index];
             half.first = plan.first[index];
             half.bytes = received_now;
@@ -527,6 +531,8 @@ impl Attempt<'_> {
         if info.is_closed() {
             return Err(Reason::TimedOut(side));
         }
+        // An end that is alive but reads nothing has all the time it wants, as in the relay.
+        self.socket(side).lift_user_timeout(self.socket(side).send_queue().is_stalled());
         // A RST that came before our last bytes were delivered: the other end may not take it for
         // its own, so both get one from us.
         let record = self.packet.table().read(slot).ok_or(Reason::Cut)?;

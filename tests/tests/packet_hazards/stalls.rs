@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use proxy_tests::netns::Host;
 use proxy_tests::peers::{backlog_bound, both, fill_all};
 use proxy_tests::row::{Family, Row};
 use proxy_tests::wait::until;
@@ -9,7 +10,11 @@ use proxy_tests::{facts, maps};
 
 use crate::ground::{Ground, both_families};
 
-both_families!(stalled_readers_cost_the_node_nothing, a_reader_that_uploads_first);
+both_families!(
+    stalled_readers_cost_the_node_nothing,
+    a_reader_that_uploads_first,
+    a_reader_that_pauses_has_a_fast_connection_later
+);
 
 /// What is on its way lies at the two ends, whose buffers are small here, to the byte: the node has
 /// nothing, for as long as it lasts. (The machine's memory as a whole shows it only roughly, since
@@ -77,4 +82,29 @@ fn a_reader_that_uploads_first(family: Family) {
     client.expect_eof();
     let ended = ground.proxy.ended();
     assert_eq!((ended.bytes_up, ended.bytes_down), (UPLOAD, ANSWER));
+}
+
+/// What was made small to bring a connection to a quiet moment is as large as ever afterwards, also
+/// if there was no such moment.
+fn a_reader_that_pauses_has_a_fast_connection_later(family: Family) {
+    const MORE: u64 = 50_000_000;
+    let ground = Ground::new(family);
+    let (client, server) = ground.pair();
+    let sent = client.fill(1, ground.node().run(backlog_bound));
+    let labels = [("reason", "busy")];
+    until("it was given up", || ground.proxy.metric("packet_ineligible_total", &labels) >= 6.0);
+    server.receive_stream(1, sent);
+    both(|| client.send_stream(2, MORE), || server.receive_stream(2, MORE));
+    let queues = receive_queues(ground.node());
+    let usual = ground.node().read("/proc/sys/net/ipv4/tcp_rmem");
+    let usual: u64 = usual.split_whitespace().nth(1).expect("three").parse().expect("a number");
+    assert!(queues.len() == 2 && queues.iter().all(|size| *size >= usual), "{queues:?}");
+}
+
+/// What the sockets of all connections may queue.
+fn receive_queues(host: &Host) -> Vec<u64> {
+    let text = host.output("ss", &["-tmn"]);
+    let sizes = text.match_indices(",rb").map(|(at, name)| &text[at + name.len()..]);
+    let digits = |text: &str| text.split(',').next().and_then(|digits| digits.parse().ok());
+    sizes.map(|text| digits(text).expect("a size")).collect()
 }

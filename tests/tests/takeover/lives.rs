@@ -2,8 +2,10 @@
 
 use std::thread;
 
-use proxy_tests::peers::Ending;
+use proxy_tests::peers::{Ending, Peer};
 use proxy_tests::proxy::Proxy;
+use proxy_tests::servers::Upstream;
+use proxy_tests::wait::until;
 
 use crate::ground::{Ground, Pair, TALK, await_relayed_by_kernel, relayed_by_kernel};
 
@@ -107,7 +109,7 @@ pub fn another_limit_of_connections(at: &Ground) {
     // Those taken over count: there is no place for another until enough of them have ended.
     let proxy = at.launch().flag("max-connections", 5).start();
     let to = at.address();
-    let refused = at.row.client.run(move || proxy_tests::peers::Peer::connect(to));
+    let refused = at.row.client.run(move || Peer::connect(to));
     refused.expect_reset();
     let mut pairs = pairs.into_iter();
     for pair in pairs.by_ref().take(15) {
@@ -115,7 +117,7 @@ pub fn another_limit_of_connections(at: &Ground) {
         pair.server.expect_reset();
     }
     await_relayed_by_kernel(&proxy, 5.0);
-    let refused = at.row.client.run(move || proxy_tests::peers::Peer::connect(to));
+    let refused = at.row.client.run(move || Peer::connect(to));
     refused.expect_reset();
     let pair = pairs.next().expect("five are left");
     pair.client.reset();
@@ -188,4 +190,26 @@ pub fn the_next_process_kills_them(at: &Ground) {
     assert!(at.list().is_empty());
     second.sigterm();
     assert_eq!(second.exit_code(), Some(0));
+}
+
+/// The proxy holds bytes that an end does not take: it has all the time it wants, until the process
+/// must end.
+pub fn an_end_that_does_not_read_and_sigterm(at: &Ground) {
+    // Little room there, and little announced by us: nothing but those bytes speaks against a switch.
+    at.row.server.sysctl("ipv4.tcp_rmem", "4096 16384 6291456");
+    at.row.node.sysctl("ipv4.tcp_rmem", "4096 65536 6291456");
+    let back = at.row.back(at.family);
+    let upstream = at.row.server.run(move || Upstream::new(back));
+    let launch = at.launch().flag("upstream-addr", upstream.address());
+    let mut proxy = launch.flag("drain-timeout", "1s").start();
+    let to = at.address();
+    let client = at.row.client.run(move || Peer::connect(to));
+    let server = upstream.accept();
+    client.send_stream(1, 30_000);
+    let labels = [("reason", "window")];
+    until("it was looked at", || proxy.metric("packet_ineligible_total", &labels) > 0.0);
+    proxy.sigterm();
+    client.expect_reset();
+    server.expect_reset_unread();
+    assert_eq!(proxy.exit_code(), Some(1));
 }

@@ -40,6 +40,7 @@ takeover! {
         lives::another_limit_of_connections,
         lives::ends_that_no_process_saw,
         lives::the_next_process_kills_them,
+        lives::an_end_that_does_not_read_and_sigterm,
         moments::at_random,
         unpinned::a_warning_and_resets_when_killed,
         unpinned::sigterm_waits_for_their_end,
