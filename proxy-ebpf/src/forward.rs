@@ -271,14 +271,15 @@ pub fn is_before(a: u32, b: u32) -> bool {
 /// Remembers what the segment tells of the connection; returns the event it amounts to, or 0.
 #[inline(never)]
 fn follow(segment: &Segment, half: &mut Half, other: &mut Half) -> u8 {
-    // SAFETY: no preconditions.
-    half.seen_ns = unsafe { bpf_ktime_get_ns() };
     half.packets = half.packets.wrapping_add(1);
     let fin = u32::from(segment.flags & flags::FIN != 0);
     let end = segment.sequence.wrapping_add(payload(segment)).wrapping_add(fin);
     if segment.flags & flags::RST != 0 {
+        // Not a sign of life: a host that has forgotten the connection answers so for ever.
         return reset(segment, half, other);
     }
+    // SAFETY: no preconditions.
+    half.seen_ns = unsafe { bpf_ktime_get_ns() };
     if segment.flags & (flags::SYN | flags::ACK) != flags::ACK {
         return 0;
     }

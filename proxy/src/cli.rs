@@ -53,6 +53,11 @@ pub struct Flags {
     #[arg(long, value_name = "DURATION", default_value = "4ms", help_heading = "Relay")]
     pub packet_max_rtt: String,
 
+    /// Ends of connections in the kernel are asked after so long a silence, and count as gone after
+    /// three times as long; 0 means never
+    #[arg(long, value_name = "DURATION", default_value = "200s", help_heading = "Relay")]
+    pub packet_keepalive: String,
+
     /// How programs are attached to devices: best, or clsact as on kernels before 6.6. To try what
     /// such a kernel does; there is no other reason to choose
     #[arg(

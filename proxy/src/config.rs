@@ -59,6 +59,8 @@ pub struct PacketConfig {
     /// Connections with a longer round trip than this, on either side, stay with the userspace
     /// engines: their TCP ends shorten the way that a lost segment has to be repeated on.
     pub max_rtt: Duration,
+    /// How long an end may be silent before it is asked whether it is still there.
+    pub keepalive: Option<Duration>,
     /// How programs are attached to devices.
     pub attach: Method,
 }

@@ -10,7 +10,7 @@
 //! - [`paths`]: devices that carry the programs ([`devices`], [`attach`]) and ways ([`routes`])
 //! - [`eligible`]: whether two connections can be joined; [`switch`]: how it is done
 //! - [`volume`]: how many bytes that is
-//! - [`ends`]: what happens to a switched connection later; [`inject`]: segments in its name
+//! - [`ends`]: what happens to a switched connection later, [`quiet`]: also if nothing does; [`inject`]: segments in its name
 //! - [`selftest`]: two connections of our own, before anybody else's; [`eventually`]: until then
 //! - [`segments`]: that neither end sends more at once than the other takes
 //! - [`ports`], [`conntrack`], [`tracking`]: that nobody else gets what a switched connection uses
@@ -28,6 +28,7 @@ pub mod object;
 pub mod paths;
 pub mod pins;
 pub mod ports;
+pub mod quiet;
 pub mod routes;
 pub mod segments;
 pub mod selftest;
@@ -97,6 +98,7 @@ pub struct Packet {
     ports: PortPool,
     injector: Injector,
     max_rtt: Duration,
+    keepalive: Option<Duration>,
     seen: Mutex<aya::maps::HashMap<MapData, Tuple, Seen>>,
     watched: Mutex<(Watched, HashSet<SocketAddr>)>,
     machinery: Mutex<Machinery>,
@@ -215,6 +217,7 @@ impl Packet {
             ports,
             injector,
             max_rtt: config.max_rtt,
+            keepalive: config.keepalive,
             seen: Mutex::new(seen),
             watched: Mutex::new((watched, HashSet::new())),
             segments: Mutex::default(),
@@ -349,6 +352,10 @@ impl Packet {
 
     fn grace(&self) -> &Grace {
         &self.grace
+    }
+
+    fn keepalive(&self) -> Option<Duration> {
+        self.keepalive
     }
 
     fn max_rtt(&self) -> Duration {

@@ -70,6 +70,7 @@ pub(super) fn config(flags: &Flags, mistakes: &mut Mistakes) -> Option<Config> {
     let admin_socket = mistakes.take("admin-socket", parse_admin_socket(&flags.admin_socket));
     let bpffs = mistakes.take("bpffs", parse_path(&flags.bpffs));
     let max_rtt = mistakes.take("packet-max-rtt", parse_positive(&flags.packet_max_rtt));
+    let keepalive = mistakes.take("packet-keepalive", parse_duration(&flags.packet_keepalive));
     let log_format = mistakes.take("log-format", parse_log_format(&flags.log_format));
     let verbosity = mistakes.take("v", parse_count(&flags.verbosity, 0, 255));
     mistakes.take("logtostderr", parse_bool(&flags.logtostderr));
@@ -86,7 +87,12 @@ pub(super) fn config(flags: &Flags, mistakes: &mut Mistakes) -> Option<Config> {
         endpoints: endpoints?,
         admin: admin?,
         admin_socket: admin_socket?,
-        packet: PacketConfig { bpffs: bpffs?, max_rtt: max_rtt?, attach: flags.packet_attach },
+        packet: PacketConfig {
+            bpffs: bpffs?,
+            max_rtt: max_rtt?,
+            keepalive: keepalive.map(|d| (!d.is_zero()).then_some(d))?,
+            attach: flags.packet_attach,
+        },
         log_format: log_format?,
         verbosity: u8::try_from(verbosity?).ok()?,
     })

@@ -1,8 +1,9 @@
 //! What happens to switched connections after the switch: their ends, segments that are too large,
 //! changes of devices and routes.
 //!
-//! Nothing here runs while nothing happens: the programs tell of ends through a ring buffer, the
-//! kernel tells of devices and routes, and timers exist only for connections that are closing.
+//! Hardly anything here runs while nothing happens: the programs tell of ends through a ring buffer,
+//! the kernel tells of devices and routes, and timers exist only for connections that are closing,
+//! beside one slow one ([`quiet`](super::quiet)).
 
 use std::collections::{BTreeSet, HashMap};
 use std::net::SocketAddr;
@@ -17,6 +18,7 @@ use tokio::time::{Instant, interval, sleep_until};
 
 use super::inject::TooBig;
 use super::object::next_event;
+use super::quiet::{Idle, Keepalive};
 use super::table::Slot;
 use super::{News, Packet, tcp};
 use crate::relay::{Reason, Side};
@@ -101,12 +103,14 @@ impl Closings {
 
 /// Runs until the process ends.
 pub async fn run(packet: Arc<Packet>, news: News, idle_timeout: Option<Duration>) {
+    let keepalive = packet.keepalive().map(Keepalive::new);
+    let mut asking = keepalive.as_ref().map(|keepalive| interval(keepalive.interval()));
+    let mut idle = idle_timeout.map(Idle::new);
+    let mut idling = idle.as_ref().map(|idle| interval(idle.interval()));
     let News { mut events, mut watch } = news;
     let mut closing = Closings::default();
     look_through(&packet, &mut closing);
     let mut lost = packet.count(Counter::EventLost);
-    let mut idle =
-        idle_timeout.map(|timeout| interval((timeout / 4).max(Duration::from_millis(50))));
     loop {
         let next = closing.next_due();
         tokio::select! {
@@ -137,17 +141,27 @@ pub async fn run(packet: Arc<Packet>, news: News, idle_timeout: Option<Duration>
                 let Some(_turn) = packet.turn() else { return };
                 sweep(&packet, &mut closing);
             }
-            () = tick(&mut idle), if idle.is_some() => {
+            () = tick(&mut asking) => {
                 let Some(_turn) = packet.turn() else { return };
-                end_idle(&packet, idle_timeout.unwrap_or_default());
+                if let Some(keepalive) = &keepalive {
+                    keepalive.look(&packet).await;
+                }
+            }
+            () = tick(&mut idling) => {
+                let Some(_turn) = packet.turn() else { return };
+                if let Some(idle) = &mut idle {
+                    idle.look(&packet);
+                }
             }
         }
     }
 }
 
+/// Never, without an interval.
 async fn tick(interval: &mut Option<tokio::time::Interval>) {
-    if let Some(interval) = interval {
-        interval.tick().await;
+    match interval {
+        Some(interval) => drop(interval.tick().await),
+        None => std::future::pending().await,
     }
 }
 
@@ -306,19 +320,9 @@ fn sweep(packet: &Arc<Packet>, closing: &mut Closings) {
 }
 
 /// Time since the last segment of either end.
-fn silence(record: &Record) -> Duration {
+pub(super) fn silence(record: &Record) -> Duration {
     let seen = record.halves.iter().map(|half| half.seen_ns).max().unwrap_or(0);
     Duration::from_nanos(tcp::monotonic_ns().saturating_sub(seen))
-}
-
-/// Resets what has been silent for too long.
-fn end_idle(packet: &Arc<Packet>, timeout: Duration) {
-    for slot in packet.table().in_use() {
-        let Some(record) = packet.table().read(slot) else { continue };
-        if record.phase == PHASE_SETTLED && !is_over(&record) && silence(&record) >= timeout {
-            packet.kill(slot, Reason::Idle.as_label());
-        }
-    }
 }
 
 /// Tells the sender of a segment that was too large, as a router would: from our address, which is

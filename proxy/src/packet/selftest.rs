@@ -133,7 +133,7 @@ impl<'a> Test<'a> {
     async fn run(ground: &'a Ground, loaded: &dyn Fn()) -> Result<()> {
         let metrics = Arc::new(Metrics::new()?);
         let (max_rtt, attach) = (Duration::from_secs(1), Method::default());
-        let config = PacketConfig { bpffs: None, max_rtt, attach };
+        let config = PacketConfig { bpffs: None, max_rtt, keepalive: None, attach };
         // Each relay of the test has a listener of its own, which it has watched itself.
         let nowhere = SocketAddr::from(([0; 4], 0));
         let places = Arc::new(Semaphore::new(16));

@@ -268,7 +268,9 @@ impl Relay<'_> {
                     match Box::pin(self.through_pipe(from)).await? {
                         Piped::Moved(count) => {
                             bulk = count >= WORTH_A_PIPE;
-                            take_turns(&mut turn, count, TURN).await;
+                            if is_turn_over(&mut turn, count, TURN) {
+                                tokio::task::yield_now().await;
+                            }
                             continue;
                         }
                         // The reactor now believes that nothing is left, but see `Lent::fill`.
@@ -283,7 +285,9 @@ impl Relay<'_> {
                         bulk = count == CHUNK || (bulk && count >= WORTH_A_PIPE);
                         self.count(from, count);
                         self.stay_small(from, count);
-                        take_turns(&mut turn, count, self.turn()).await;
+                        if is_turn_over(&mut turn, count, self.turn()) {
+                            tokio::task::yield_now().await;
+                        }
                     }
                     Ok(Step::Full(count)) => {
                         self.count(from, count);
@@ -510,14 +514,15 @@ enum Watched {
     Quiet(u64),
 }
 
-/// Lets others on this thread run once a turn's worth was moved. A small message costs the thread
-/// as much as some kilobytes of a large one.
-async fn take_turns(turn: &mut usize, moved: usize, whole: usize) {
+/// Whether others on this thread may run, since a whole turn's worth was moved. A small message costs
+/// the thread as much as some kilobytes of a large one.
+fn is_turn_over(turn: &mut usize, moved: usize, whole: usize) -> bool {
     *turn += moved.max(4096);
-    if *turn >= whole {
+    let is_over = *turn >= whole;
+    if is_over {
         *turn = 0;
-        tokio::task::yield_now().await;
     }
+    is_over
 }
 
 /// Whose fault an error is, and what kind.

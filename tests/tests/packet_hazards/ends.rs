@@ -15,6 +15,8 @@ both_families!(
     half_closed_by_the_server,
     both_at_once,
     idle_connections_are_reset,
+    silent_ends_are_asked_and_live,
+    one_that_vanished_is_found,
     their_bytes_are_counted,
     killed_by_hand,
     of_which_nobody_was_told,
@@ -192,6 +194,35 @@ fn their_bytes_are_counted(family: Family) {
     connection.close();
     assert_eq!(ground.proxy.ended().reason, "client_closed");
     assert_eq!(counted(), [traffic.bytes(); 2]);
+}
+
+/// Nobody says anything but the node, which asks.
+fn silent_ends_are_asked_and_live(family: Family) {
+    let ground = Ground::with(Row::new(), family, &[("packet-keepalive", "500ms")]);
+    let row = &ground.row;
+    let connection = ground.switched();
+    let ends = [(&row.client, row.before), (&row.server, row.behind)];
+    let sniffers = ends.map(|(host, wire)| Sniffer::start(host, &wire.device()));
+    for sniffer in &sniffers {
+        // For longer than what counts as gone; the other end's answers come along as well.
+        until("questions", || {
+            sniffer.so_far().iter().filter(|s| s.way == Way::In && s.len == 0).count() >= 20
+        });
+    }
+    let mut traffic = Traffic::new();
+    traffic.pass(&connection, 1_000_000);
+    connection.close();
+    assert_eq!(ground.proxy.ended().reason, "client_closed");
+}
+
+/// The client's host loses its wire; the server learns of it, and nothing is kept.
+fn one_that_vanished_is_found(family: Family) {
+    let ground = Ground::with(Row::new(), family, &[("packet-keepalive", "500ms")]);
+    let connection = ground.switched();
+    Traffic::new().pass(&connection, 100_000);
+    ground.row.client.ip("link set wire1 down");
+    connection.server.expect_reset();
+    assert_eq!(ground.proxy.ended().reason, "client_timed_out");
 }
 
 fn killed_by_hand(family: Family) {
