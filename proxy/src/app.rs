@@ -84,7 +84,7 @@ pub struct App {
     /// Where metrics and health are served.
     pub admin: Option<SocketAddr>,
     /// Takes the admin socket's name away at the end.
-    _admin_socket: Option<control::SocketName>,
+    _admin_socket: Option<control::Held>,
     drain: Drain,
     metrics: Arc<Metrics>,
     packet: Eventually,
@@ -160,11 +160,9 @@ impl App {
         if let Some(listener) = admin_listener {
             side.spawn(admin::serve(listener, Arc::clone(&metrics), readiness.clone()));
         }
-        let admin_socket = config.admin_socket.as_deref().and_then(control::open);
-        let admin_socket = admin_socket.map(|(listener, name)| {
+        let admin_socket = config.admin_socket.as_deref().map(|path| {
             let connections = packet::Handle(packet.clone(), side.handle().clone());
-            side.spawn(control::serve(listener, Arc::new(connections)));
-            name
+            control::start(path, Arc::new(connections), side.handle())
         });
         if config.endpoints.mode != EndpointMode::Off {
             let endpoints = config.endpoints.clone();

@@ -18,16 +18,19 @@ pub mod verb;
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::{UnixListener, UnixStream};
+use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
-pub use socket::{Name as SocketName, open};
+pub use socket::Name as SocketName;
+use socket::Opened;
 
 /// Clients at once; one more is closed at once. People and a script or two need no more.
 const CLIENTS: usize = 8;
@@ -37,6 +40,9 @@ const REQUEST: u64 = 64 * 1024;
 
 /// How long a client may take for a request, and for each answer.
 const PATIENCE: Duration = Duration::from_secs(10);
+
+/// How often we look whether the process that serves the socket has ended.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// What the socket shows and ends. Both calls may take some milliseconds; they are made where
 /// blocking is allowed.
@@ -152,11 +158,65 @@ enum Last {
     Error(String),
 }
 
+/// The socket's name, once we have it. Dropping this takes it away.
+pub type Held = Arc<OnceLock<SocketName>>;
+
+/// Serves the socket on `side`: from now on, or from when the process ends that serves it now (an
+/// upgrade starts the successor before its predecessor has ended).
+#[must_use]
+pub fn start(path: &Path, connections: Arc<dyn Connections>, side: &Handle) -> Held {
+    let held = Held::default();
+    match socket::open(path) {
+        Opened::Bound(listener, name) => {
+            // Nobody else has set it.
+            let _ = held.set(name);
+            side.spawn(serve(listener, connections));
+        }
+        Opened::Busy => {
+            let (path, held) = (path.to_owned(), Arc::downgrade(&held));
+            side.spawn(async move {
+                match wait_for(path, held).await {
+                    Some(listener) => serve(listener, connections).await,
+                    None => Ok(()),
+                }
+            });
+        }
+        Opened::Never => {}
+    }
+    held
+}
+
+/// Waits until the socket can be had; `None` if it never can, or if we end.
+async fn wait_for(
+    path: PathBuf,
+    held: Weak<OnceLock<SocketName>>,
+) -> Option<std::os::unix::net::UnixListener> {
+    loop {
+        tokio::time::sleep(LOOK).await;
+        let (path, held) = (path.clone(), Weak::clone(&held));
+        let look = tokio::task::spawn_blocking(move || {
+            // Kept meanwhile: should we end now, the name goes as soon as it was made.
+            let held = held.upgrade()?;
+            match socket::look_again(&path) {
+                Opened::Bound(listener, name) => {
+                    let _ = held.set(name);
+                    Some(Some(listener))
+                }
+                Opened::Busy => Some(None),
+                Opened::Never => None,
+            }
+        });
+        if let Some(listener) = look.await.ok()?? {
+            return Some(listener);
+        }
+    }
+}
+
 /// Serves the socket until the task is dropped.
 ///
 /// # Errors
 /// The listener cannot be used.
-pub async fn serve(
+async fn serve(
     listener: std::os::unix::net::UnixListener,
     connections: Arc<dyn Connections>,
 ) -> io::Result<()> {

@@ -8,6 +8,7 @@ use std::path::Path;
 use proxy_tests::peers::Peer;
 use proxy_tests::proxy::{Launch, Outcome, Proxy, run};
 use proxy_tests::servers::Upstream;
+use proxy_tests::wait::until;
 use tempfile::TempDir;
 
 const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
@@ -119,4 +120,41 @@ fn a_socket_that_cannot_be_had_costs_a_line_and_no_client() {
     }
     assert_eq!(connections(&socket, &["list"]).code, Some(0), "the first one lost its socket");
     drop(first);
+}
+
+/// An upgrade: the successor is there before its predecessor has gone.
+#[test]
+fn a_successor_takes_the_socket_when_its_predecessor_ends() {
+    let folder = folder();
+    let socket = folder.path().join("admin.sock");
+    let upstream = Upstream::new(LOOPBACK);
+    let mut first = start(&upstream, &socket);
+    let mut second = start(&upstream, &socket);
+    let mut third = start(&upstream, &socket);
+    for waiting in [&second, &third] {
+        let line = waiting.log_line("no admin socket", |line| line["message"] == "no admin socket");
+        let error = line["error"].as_str().unwrap_or_default();
+        assert!(error.starts_with("another process serves it"), "{line}");
+    }
+    let taken = |proxy: &Proxy| {
+        let message = "admin socket listening: who served it has ended";
+        proxy.count_lines(|line| line["message"] == message)
+    };
+
+    // In order, which takes the name away.
+    first.sigterm();
+    assert_eq!(first.exit_code(), Some(0));
+    until("one of the two has the socket", || taken(&second) + taken(&third) > 0);
+    assert_eq!(connections(&socket, &["list"]).code, Some(0));
+    if taken(&third) > 0 {
+        std::mem::swap(&mut second, &mut third);
+    }
+    assert_eq!((taken(&second), taken(&third)), (1, 0));
+    // And by force, which leaves it behind.
+    second.kill9();
+    until("the last one has the socket", || taken(&third) > 0);
+    assert_eq!(connections(&socket, &["list"]).code, Some(0));
+    third.sigterm();
+    assert_eq!(third.exit_code(), Some(0));
+    assert!(!socket.exists(), "the socket was left behind");
 }

@@ -3,7 +3,7 @@
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::{DirBuilderExt as _, FileTypeExt as _, MetadataExt as _};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -23,7 +23,9 @@ pub struct Name {
 
 impl Drop for Name {
     fn drop(&mut self) {
-        // A successor may have put its own there.
+        // A successor may have put its own there, or be about to: under the lock it is one or the
+        // other. Who cannot have the lock leaves a leftover, which the next one replaces.
+        let Ok(_directory) = locked_parent(&self.path) else { return };
         if identity(&self.path).is_ok_and(|now| now == self.identity) {
             let _ = fs::remove_file(&self.path);
         }
@@ -41,7 +43,7 @@ fn identity(path: &Path) -> io::Result<Identity> {
 /// Why there is no socket.
 #[derive(Debug, thiserror::Error)]
 enum Failure {
-    #[error("another process serves it")]
+    #[error("another process serves it; it is taken over when that one ends")]
     Live,
     #[error("something else is there, which is no socket")]
     Foreign,
@@ -51,35 +53,66 @@ enum Failure {
     Io(#[from] io::Error),
 }
 
+/// What came of a try to have the socket.
+#[derive(Debug)]
+pub enum Opened {
+    /// It is ours.
+    Bound(UnixListener, Name),
+    /// Another process serves it, so it can be had later.
+    Busy,
+    /// It cannot be had.
+    Never,
+}
+
 /// Binds the socket. Without one the proxy runs as well, so a failure is told in one line and no
 /// more: as a warning if somebody else has the name, else as information, since few pods may
 /// write to the default place.
 #[must_use]
-pub fn open(path: &Path) -> Option<(UnixListener, Name)> {
+pub fn open(path: &Path) -> Opened {
     let shown = path.display();
     match bind(path) {
-        Ok(bound) => {
+        Ok((listener, name)) => {
             info!(path = %shown, "admin socket listening");
-            Some(bound)
-        }
-        Err(failure @ (Failure::Live | Failure::Foreign | Failure::Locked)) => {
-            warn!(path = %shown, error = %failure, "no admin socket");
-            None
+            Opened::Bound(listener, name)
         }
         Err(failure @ Failure::Io(_)) => {
             info!(path = %shown, error = %failure, "no admin socket");
-            None
+            Opened::Never
+        }
+        Err(failure) => {
+            warn!(path = %shown, error = %failure, "no admin socket");
+            if matches!(failure, Failure::Live) { Opened::Busy } else { Opened::Never }
+        }
+    }
+}
+
+/// Looks once more whether the socket is free by now; that it is not was told before.
+#[must_use]
+pub fn look_again(path: &Path) -> Opened {
+    // Without the lock, which is for those who have something to change.
+    if matches!(refuse_others(path), Err(Failure::Live)) {
+        return Opened::Busy;
+    }
+    match bind(path) {
+        // Another who waited was faster, or is just about to be.
+        Err(Failure::Live | Failure::Locked) => Opened::Busy,
+        Ok((listener, name)) => {
+            info!(path = %path.display(), "admin socket listening: who served it has ended");
+            Opened::Bound(listener, name)
+        }
+        Err(failure) => {
+            warn!(path = %path.display(), error = %failure, "no admin socket");
+            Opened::Never
         }
     }
 }
 
 fn bind(path: &Path) -> Result<(UnixListener, Name), Failure> {
-    let parent = path.parent().unwrap_or(Path::new("/"));
+    let parent = parent(path);
     DirBuilder::new().recursive(true).mode(0o700).create(parent)?;
     // Two that start at once must not both find the same leftover: the second would remove what
-    // the first has just bound. Closing the directory ends the lock.
-    let directory = File::open(parent)?;
-    lock(&directory)?;
+    // the first has just bound.
+    let _directory = locked_parent(path)?;
     let listener = match listen(path) {
         Err(error) if error.kind() == ErrorKind::AddrInUse => {
             refuse_others(path)?;
@@ -89,6 +122,17 @@ fn bind(path: &Path) -> Result<(UnixListener, Name), Failure> {
         bound => bound?,
     };
     Ok((listener, Name { path: path.to_owned(), identity: identity(path)? }))
+}
+
+fn parent(path: &Path) -> &Path {
+    path.parent().unwrap_or(Path::new("/"))
+}
+
+/// The directory, locked until it is closed.
+fn locked_parent(path: &Path) -> Result<File, Failure> {
+    let directory = File::open(parent(path))?;
+    lock(&directory)?;
+    Ok(directory)
 }
 
 /// The lock is held for microseconds; whoever holds it for longer must not hold up our start.
@@ -107,7 +151,9 @@ fn refuse_others(path: &Path) -> Result<(), Failure> {
     if !fs::symlink_metadata(path)?.file_type().is_socket() {
         return Err(Failure::Foreign);
     }
-    match UnixStream::connect(path) {
+    // Waiting for room in the queue of one that stands still could take for ever.
+    let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None)?;
+    match socket.connect(&SockAddr::unix(path)?) {
         Err(error) if error.kind() == ErrorKind::ConnectionRefused => Ok(()),
         Err(error) if error.kind() != ErrorKind::WouldBlock => Err(error.into()),
         // A full queue is somebody's, too.
@@ -129,6 +175,7 @@ fn listen(path: &Path) -> io::Result<UnixListener> {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt as _;
+    use std::os::unix::net::UnixStream;
 
     use super::*;
 
@@ -160,6 +207,17 @@ mod tests {
         drop(name);
         assert!(path.exists(), "the old one took the new one's name away");
         UnixStream::connect(&path).expect("the new one listens");
+    }
+
+    #[test]
+    fn one_that_stands_still_holds_nobody_up() {
+        let folder = folder();
+        let path = folder.path().join("admin.sock");
+        let (_listener, _name) = bind(&path).expect("binds");
+        // Nobody accepts: from some time on the queue is full.
+        for _ in 0..3 * BACKLOG {
+            assert!(matches!(look_again(&path), Opened::Busy));
+        }
     }
 
     #[test]
