@@ -22,6 +22,7 @@ use crate::config::{Host, HostPort, UpstreamAddrs};
 use crate::metrics::Metrics;
 use crate::packet::eventually::Eventually;
 use crate::packet::ports::Port;
+use crate::packet::routes;
 use crate::socket;
 
 use names::Name;
@@ -32,6 +33,9 @@ const PENALTY: Duration = Duration::from_secs(30);
 /// How long one address may keep silent before the next is tried beside it (RFC 8305, section 5,
 /// recommends 250 ms). A shorter --connect-timeout shortens it, so that every address gets a turn.
 const STAGGER: Duration = Duration::from_millis(250);
+
+/// How long the kernel's word holds that an address is, or is not, this host's own.
+const OWN_HOLDS: Duration = Duration::from_secs(1);
 
 /// How long one contact speaks for the upstream's health.
 const CONTACT_HOLDS: Duration = Duration::from_secs(5);
@@ -66,6 +70,8 @@ enum Source {
 struct Health {
     /// Addresses that failed, and until when they are tried last.
     penalties: HashMap<SocketAddr, Instant>,
+    /// Whether addresses that could be our own listener's are, and until when that holds.
+    own: HashMap<SocketAddr, (bool, Instant)>,
     /// When the upstream was last contacted, and whether it answered.
     contact: Option<(Instant, bool)>,
 }
@@ -307,6 +313,9 @@ impl Upstream {
         address: SocketAddr,
         segment: Option<u16>,
     ) -> (SocketAddr, io::Result<socket::Upstream>) {
+        if self.leads_back(address) {
+            return (address, Err(io::Error::from_raw_os_error(libc::ELOOP)));
+        }
         let connected = self.connect_from_own_port(address, segment).await;
         let checked = connected.and_then(|(socket, port)| {
             Ok(socket::Upstream(self.unless_own(address, socket)?, port.map(Box::new)))
@@ -335,20 +344,44 @@ impl Upstream {
         }
     }
 
-    /// Refuses a connection to our own listener: each client would become another client, until
-    /// every descriptor of the host is a part of the circle.
+    /// Whether a connection to `address` would come to our own listener: each client would become
+    /// another client, until every descriptor of the host is a part of the circle. Known without
+    /// such a connection, whose other end would dial again before this end knows.
+    fn leads_back(&self, address: SocketAddr) -> bool {
+        if !self.is_like_ours(address) {
+            return false;
+        }
+        let now = Instant::now();
+        let mut health = self.health();
+        if let Some((is_own, until)) = health.own.get(&address)
+            && *until > now
+        {
+            return *is_own;
+        }
+        // A sandbox may not tell; then `unless_own` does.
+        let is_own = routes::is_own(address.ip()).unwrap_or(false);
+        health.own.retain(|_, (_, until)| *until > now);
+        health.own.insert(address, (is_own, now + OWN_HOLDS));
+        is_own
+    }
+
+    /// Whether `address` is our listener's if it is one of this host at all.
+    fn is_like_ours(&self, address: SocketAddr) -> bool {
+        let listening = self.listening.ip().to_canonical();
+        address.port() == self.listening.port()
+            && (listening.is_unspecified() || listening == address.ip().to_canonical())
+    }
+
+    /// Refuses a connection to our own listener that could not be foreseen, and those that would
+    /// follow it.
     fn unless_own(
         &self,
         address: SocketAddr,
         socket: socket::Socket,
     ) -> io::Result<socket::Socket> {
-        if address.port() != self.listening.port() {
-            return Ok(socket);
-        }
         // A connection whose two ends have one address never left this host.
-        let stays_here = socket.local_ip()? == address.ip().to_canonical();
-        let listening = self.listening.ip().to_canonical();
-        if stays_here && (listening.is_unspecified() || listening == address.ip().to_canonical()) {
+        if self.is_like_ours(address) && socket.local_ip()? == address.ip().to_canonical() {
+            self.health().own.insert(address, (true, Instant::now() + PENALTY));
             return Err(io::Error::from_raw_os_error(libc::ELOOP));
         }
         Ok(socket)
@@ -472,16 +505,36 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_upstream_that_is_this_proxy_is_refused() {
-        let (_ours, ours) = listener();
-        for listening in [ours, SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), ours.port())] {
-            let mut upstream = upstream(&[ours]);
+    async fn an_upstream_that_is_this_proxy_is_not_even_dialled() {
+        let (ours, address) = listener();
+        ours.set_nonblocking(true).expect("a listener");
+        for listening in [address, SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), address.port())] {
+            let mut upstream = upstream(&[address]);
             upstream.listening = listening;
             assert_eq!(upstream.connect(None).await.err(), Some(DialError::Loop));
+            assert!(!upstream.answers().await);
         }
-        let mut upstream = upstream(&[ours]);
-        upstream.listening = SocketAddr::new(Ipv4Addr::new(127, 0, 0, 2).into(), ours.port());
+        let came = ours.accept().map_err(|error| error.kind());
+        assert!(matches!(came, Err(io::ErrorKind::WouldBlock)), "{came:?}");
+        let mut upstream = upstream(&[address]);
+        upstream.listening = SocketAddr::new(Ipv4Addr::new(127, 0, 0, 2).into(), address.port());
         upstream.connect(None).await.expect("the same port of another address is fine");
+    }
+
+    #[tokio::test]
+    async fn where_the_kernel_does_not_tell_one_connection_to_ourselves_is_enough() {
+        let (ours, address) = listener();
+        ours.set_nonblocking(true).expect("a listener");
+        let mut upstream = upstream(&[address]);
+        upstream.listening = address;
+        let socket = socket::Socket::connect(address, |_| ()).await.expect("connects");
+        ours.accept().expect("the connection");
+        upstream.unless_own(address, socket).expect_err("our own");
+        let (is_own, until) = upstream.health().own[&address];
+        assert!(is_own && until > Instant::now() + OWN_HOLDS);
+        assert_eq!(upstream.connect(None).await.err(), Some(DialError::Loop));
+        let came = ours.accept().map_err(|error| error.kind());
+        assert!(matches!(came, Err(io::ErrorKind::WouldBlock)), "{came:?}");
     }
 
     fn listener() -> (TcpListener, SocketAddr) {

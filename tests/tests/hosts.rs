@@ -3,6 +3,7 @@
 //! Needs root and the `ip` command (network namespaces).
 
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 
 use proxy_tests::netns::{Host, Wire};
 use proxy_tests::peers::{Peer, both};
@@ -143,4 +144,38 @@ fn a_name_is_resolved_again_when_its_address_fails() {
     server.receive(b"to the new one");
     early.send(b"still with the old one");
     early_server.receive(b"still with the old one");
+}
+
+/// The second address of a network, and all of loopback but the first: the kernel does not send
+/// from those by itself, so a connection to them does not look like one to ourselves.
+#[test]
+fn an_upstream_that_is_the_proxy_itself_is_never_dialled() {
+    let host = Arc::new(Host::new("circle"));
+    host.ip("addr add 192.0.2.1/24 dev lo");
+    host.ip("addr add 192.0.2.2/24 dev lo");
+    let upstream = host.run(|| Upstream::new(IpAddr::from([127, 0, 0, 1])));
+    let good = upstream.address();
+    let to = SocketAddr::from(([127, 0, 0, 1], 6443));
+    for ip in ["127.0.0.1", "127.0.0.2", "192.0.2.1", "192.0.2.2", "[::1]"] {
+        for is_alone in [true, false] {
+            let own = format!("{ip}:6443");
+            let addresses = if is_alone { own } else { format!("{own},{good}") };
+            let launch = Launch::new(addresses).flag("listen-addr", ":6443");
+            let proxy = launch.on(&host).start();
+            if is_alone {
+                // Nobody was contacted before, so this is found out now.
+                assert_eq!(proxy.get("/readyz").status, 503, "{ip}");
+            }
+            let client = host.run(move || Peer::connect(to));
+            if is_alone {
+                client.expect_reset();
+                assert_eq!(proxy.ended().reason, "upstream_is_self", "{ip}");
+            } else {
+                let server = upstream.accept();
+                client.send(b"to the other one");
+                server.receive(b"to the other one");
+            }
+            assert_eq!(proxy.metric("connections_accepted_total", &[]), 1.0, "{ip}");
+        }
+    }
 }

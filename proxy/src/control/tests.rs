@@ -45,13 +45,13 @@ impl Connections for Two {
 fn with_server(talk: impl FnOnce(&Path)) {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("admin.sock");
-    let (listener, _name) = open(&path).expect("binds");
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .enable_all()
         .build()
         .expect("a runtime");
-    runtime.spawn(serve(listener, Arc::new(Two::new())));
+    let held = start(&path, Arc::new(Two::new()), runtime.handle());
+    assert!(held.get().is_some(), "it was not bound");
     talk(&path);
 }
 

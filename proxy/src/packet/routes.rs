@@ -73,6 +73,16 @@ fn ask(netlink: &mut Netlink, destination: IpAddr, source: Option<IpAddr>) -> io
     Route::from_answer(answer.ok_or(io::ErrorKind::InvalidData)?)
 }
 
+/// Whether packets to `ip` never leave this host. Unlike what a socket's own address tells, this
+/// holds as well for those from which the kernel would not send by itself: 127.0.0.2, or the second
+/// address of a network.
+///
+/// # Errors
+/// Those of [`Netlink::open`].
+pub fn is_own(ip: IpAddr) -> io::Result<bool> {
+    Ok(is_ours(&mut Netlink::open()?, ip.to_canonical()))
+}
+
 fn is_ours(netlink: &mut Netlink, ip: IpAddr) -> bool {
     ask(netlink, ip, None).is_ok_and(|route| route.kind == libc::RTN_LOCAL)
 }
