@@ -83,7 +83,7 @@ fn remove_all(bpffs: &Path, tell: &mut dyn FnMut(&str)) -> anyhow::Result<()> {
     let directory = check(bpffs)?;
     let Some(_alone) = pins::be_alone().context("/proc")? else {
         bail!(
-            "a proxy with the packet engine runs in this network namespace: end it first (with \
+            "a proxy runs the packet engine in this network namespace: end it first (with \
              pins its connections go on until the clean-up, without they end with it); nothing \
              was removed"
         );
