@@ -11,7 +11,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, anyhow, ensure};
 use tokio::runtime::{Builder, Handle, Runtime};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Semaphore;
@@ -22,13 +22,14 @@ use crate::config::{Config, EndpointMode, Host, HostPort, PacketConfig, Upstream
 use crate::drain::Drain;
 use crate::metrics::{Metrics, Refresh};
 use crate::packet::eventually::Eventually;
+use crate::packet::object::Refused;
 use crate::packet::selftest::{self, Verdict};
 use crate::packet::{self, Packet, pins};
 use crate::readiness::Readiness;
 use crate::relay::{Counters, Engine, Limits, PipePool, Reason, Wish};
 use crate::session::Shared;
 use crate::upstream::Upstream;
-use crate::{accept, admin, control, endpoints, logging};
+use crate::{accept, admin, control, endpoints, logging, preflight};
 
 /// Descriptors beside those of connections: listeners, pipes, epoll, log, API client.
 const OTHER_DESCRIPTORS: u64 = 512;
@@ -193,7 +194,8 @@ impl App {
             addr = %self.listening,
             upstream = %config.upstream,
             engine_wished = config.engine.as_label(),
-            engine = config.engine.decide().as_label(),
+            // With the packet engine too every connection begins in userspace.
+            begins_with = config.engine.decide().as_label(),
             endpoint_mode = config.endpoints.mode.as_label(),
             version = crate::VERSION,
             "listening"
@@ -279,9 +281,11 @@ impl Starter {
                 thread.spawn(move || self.start_or_tell()).context("a thread")?;
                 Ok(())
             }
-            Wish::Only(Engine::Packet) => {
-                self.start().context("engine packet cannot work here").map(drop)
-            }
+            Wish::Only(Engine::Packet) => self.start().map_err(|error| {
+                tell_verifier(&error);
+                let hint = if is_taken(&error) { String::new() } else { format!("; {HINT}") };
+                anyhow!("engine packet cannot work here: {error:#}{hint}")
+            }),
             Wish::Only(_) => {
                 drop(self.packet.take_listener());
                 Ok(())
@@ -290,23 +294,28 @@ impl Starter {
     }
 
     fn start_or_tell(&self) {
-        match self.start() {
-            Ok(true) => info!("the kernel relays connections that begin from here on and fit"),
-            Ok(false) => {}
-            Err(error) => {
-                let (reason, hint) =
-                    (format!("{error:#}"), "`steward-tcp-proxy check` names what is missing");
-                info!(reason, hint, "no relaying in the kernel; engine splice");
-            }
+        let Err(error) = self.start() else { return };
+        tell_verifier(&error);
+        let reason = format!("{error:#}");
+        if is_taken(&error) {
+            info!(
+                reason,
+                "another process relays in the kernel here; this one relays in userspace (engine \
+                 splice) until it is started anew, also after the other has ended"
+            );
+        } else {
+            info!(reason, hint = HINT, "no relaying in the kernel; engine splice");
         }
     }
 
-    /// False if the process ends before it is there.
-    fn start(&self) -> anyhow::Result<bool> {
-        test_packet()?;
-        // Takes seconds if another has it.
+    fn start(&self) -> anyhow::Result<()> {
+        let missing = preflight::missing_capabilities();
+        ensure!(missing.is_empty(), "missing capabilities: {}", missing.join(", "));
+        // Takes seconds if another has it; the self-test, which comes next, takes its time as well.
         let namespace = pins::be_the_one()?;
-        let Some(_starting) = self.packet.begin() else { return Ok(false) };
+        let untested = test_packet()?;
+        // None: the process ends before the engine is there.
+        let Some(_starting) = self.packet.begin() else { return Ok(()) };
         let _entered = self.side.enter();
         let (places, metrics) = (Arc::clone(&self.places), Arc::clone(&self.metrics));
         let (listening, most) = (self.listening, self.max_connections);
@@ -325,27 +334,44 @@ impl Starter {
             if !packet.is_pinned() {
                 packet.release_ports();
             }
-            return Ok(false);
+            return Ok(());
         }
         let reader = Arc::clone(&packet);
         let refresh = Refresh(Box::new(move || reader.refresh_metrics()));
         let _ = self.metrics.refresh.set(refresh);
         self.side.spawn(packet::ends::run(packet, news, self.idle_timeout));
-        Ok(true)
+        if let Some(error) = untested {
+            info!(%error, "no self-test of the kernel's engine, which is used without");
+        }
+        info!("the kernel relays connections that begin from here on and fit");
+        Ok(())
     }
 }
 
-/// Keeps an engine that does not work on this kernel away from connections.
-fn test_packet() -> anyhow::Result<()> {
+/// Where to find out why the engine of the kernel cannot work.
+const HINT: &str = "`steward-tcp-proxy check` names what is missing";
+
+/// Nothing is missing: another process has the engine.
+fn is_taken(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| matches!(cause.downcast_ref(), Some(pins::Failure::Taken(_))))
+}
+
+/// What a refused program did wrong fills pages, which few can read.
+fn tell_verifier(error: &anyhow::Error) {
+    if let Some(Refused { name, log, .. }) = error.chain().find_map(|cause| cause.downcast_ref()) {
+        debug!(program = name, log, "what the verifier says");
+    }
+}
+
+/// Keeps an engine that does not work on this kernel away from connections. Why it was not tested,
+/// if it was not.
+fn test_packet() -> anyhow::Result<Option<std::io::Error>> {
     match selftest::run() {
         Verdict::Passed(detail) => {
             debug!(detail, "self-test of the kernel's engine passed");
-            Ok(())
+            Ok(None)
         }
-        Verdict::NotTried(error) => {
-            info!(%error, "no self-test of the kernel's engine, which is used without");
-            Ok(())
-        }
+        Verdict::NotTried(error) => Ok(Some(error)),
         Verdict::Failed(error) => Err(error.context("the self-test")),
     }
 }

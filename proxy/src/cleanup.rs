@@ -50,12 +50,26 @@ pub fn run(flags: &CleanupFlags) -> ExitCode {
         let _ = writeln!(stdout, "{what}");
     });
     match outcome {
-        Ok(()) if !told => {
-            let bpffs = flags.bpffs.display();
-            let _ = writeln!(io::stdout(), "nothing is left, on devices, in settings, at {bpffs}");
+        Ok(()) => {
+            let existing = pins::existing(&flags.bpffs);
+            let (bpffs, existing_at) = (flags.bpffs.display(), existing.display());
+            // A path on another file system that exists was refused above.
+            let has_bpffs = pins::is_bpffs(existing).unwrap_or(true);
+            let mut stdout = io::stdout();
+            let _ = match (told, has_bpffs) {
+                (true, true) => Ok(()),
+                (false, true) => {
+                    writeln!(stdout, "nothing is left, on devices, in settings, at {bpffs}")
+                }
+                (_, false) => writeln!(
+                    stdout,
+                    "nothing {}is left, on devices, in settings; there may be pins, which were not \
+                     looked at: no bpffs is mounted at {existing_at} (--bpffs={bpffs})",
+                    if told { "else " } else { "" }
+                ),
+            };
             ExitCode::SUCCESS
         }
-        Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             let _ = writeln!(io::stderr(), "steward-tcp-proxy: {failure:#}");
             ExitCode::FAILURE
@@ -69,8 +83,9 @@ fn remove_all(bpffs: &Path, tell: &mut dyn FnMut(&str)) -> anyhow::Result<()> {
     let directory = check(bpffs)?;
     let Some(_alone) = pins::be_alone().context("/proc")? else {
         bail!(
-            "a proxy runs in this network namespace: end it first (its connections go on); \
-             nothing was removed"
+            "a proxy runs the packet engine in this network namespace: end it first (with \
+             pins its connections go on until the clean-up, without they end with it); nothing \
+             was removed"
         );
     };
     // Of other network namespaces, whose proxies use this bpffs as well.
@@ -86,17 +101,21 @@ fn remove_all(bpffs: &Path, tell: &mut dyn FnMut(&str)) -> anyhow::Result<()> {
     let ours = pins::directory(bpffs)?;
     let ended = packet::end_all_pinned(&ours).context("connections")?;
     if ended > 0 {
-        tell(&format!("reset {ended} connections"));
+        tell(&format!("reset {}", number_of(ended, "connection")));
     }
     let detached = attach::remove_all(Some(&ours)).context("programs on devices")?;
     if detached > 0 {
-        tell(&format!("removed {detached} programs from devices"));
+        tell(&format!("removed {} from devices", number_of(detached, "program")));
     }
     if ports::release_reservation(ports::note().as_deref()).context("reserved ports")? {
         tell("gave back reserved ports (net.ipv4.ip_local_reserved_ports)");
     }
     remove_pins(bpffs, &mut |path| tell(&format!("removed {}", path.display())))?;
     Ok(())
+}
+
+fn number_of(count: usize, what: &str) -> String {
+    format!("{count} {what}{}", if count == 1 { "" } else { "s" })
 }
 
 /// Opens the directory, which must be on a bpffs and not all of it. `None` if it is not there.

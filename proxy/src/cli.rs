@@ -41,7 +41,8 @@ pub struct Flags {
     #[arg(long, value_name = "ADDR[,ADDR]", env = "UPSTREAM_ADDR", help_heading = "Relay")]
     pub upstream_addr: Option<String>,
 
-    /// How bytes move: auto, splice or copy
+    /// How bytes move: packet (by the kernel alone), splice, copy, or auto: packet where it works
+    /// and for each connection that it fits, else splice
     #[arg(long, value_name = "ENGINE", default_value = "auto", help_heading = "Relay")]
     pub engine: String,
 

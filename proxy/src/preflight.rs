@@ -18,6 +18,7 @@ use std::process::ExitCode;
 
 use crate::cli::{CheckFlags, Output};
 use facts::Host;
+pub use facts::missing_capabilities;
 use tracing_subscriber::EnvFilter;
 use trial::{Finding, Stage};
 

@@ -10,6 +10,7 @@
 
 pub mod admin;
 pub mod apiserver;
+pub mod capabilities;
 pub mod facts;
 pub mod forge;
 pub mod holder;

@@ -8,12 +8,13 @@ use std::process::{Command, Output};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use proxy_tests::capabilities::keep_capabilities;
 use proxy_tests::facts::kernel;
 use proxy_tests::proxy::binary;
 use proxy_tests::seccomp::Call;
 use proxy_tests::wait::patient;
 use rustix::process::{Resource, Rlimit, setrlimit};
-use rustix::thread::{CapabilitySet, remove_capability_from_bounding_set};
+use rustix::thread::CapabilitySet;
 use serde_json::Value;
 
 /// `check` gives up on its own after three minutes.
@@ -73,24 +74,10 @@ impl Checked {
     }
 }
 
-/// `check` with these capabilities and no others. Root without a capability in its bounding set
-/// does not get it back by starting a program.
+/// `check` with these capabilities and no others.
 fn with_capabilities(kept: CapabilitySet) -> Command {
-    let dropped: Vec<CapabilitySet> = (CapabilitySet::all() - kept).iter().collect();
     let mut command = Command::new(binary());
-    // SAFETY: between fork and exec only system calls are made, and no memory is allocated.
-    unsafe {
-        command.pre_exec(move || {
-            for &capability in &dropped {
-                match remove_capability_from_bounding_set(capability) {
-                    // An older kernel knows fewer of them.
-                    Ok(()) | Err(rustix::io::Errno::INVAL) => {}
-                    Err(error) => return Err(error.into()),
-                }
-            }
-            Ok(())
-        });
-    }
+    keep_capabilities(&mut command, kept);
     command
 }
 

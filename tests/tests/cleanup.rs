@@ -51,6 +51,18 @@ fn everything_below_the_directory_goes_and_nothing_else() {
     assert_eq!(lines.len(), 5, "{lines:#?}");
 }
 
+/// Pins of a bpffs that is mounted elsewhere, or not in this container, cannot be known of.
+#[test]
+fn where_no_bpffs_is_it_says_that_pins_were_not_looked_at() {
+    let output = with_bpffs("$PROXY cleanup --bpffs=$DIR/none/ours");
+    assert!(output.status.success(), "{output:?}");
+    let told = text(&output.stdout);
+    assert!(told.starts_with("nothing is left") && told.contains("no bpffs"), "{told}");
+    assert_eq!(told.lines().count(), 1, "{told}");
+    let output = with_bpffs("$PROXY cleanup --bpffs=$DIR/bpf/ours");
+    assert!(!text(&output.stdout).contains("no bpffs"), "{output:?}");
+}
+
 #[test]
 fn a_bpffs_as_a_whole_is_refused() {
     let output = with_bpffs("mkdir bpf/other; $PROXY cleanup --bpffs=$DIR/bpf");

@@ -119,6 +119,12 @@ fn help_lists_every_flag_and_says_what_it_does() {
         });
         assert!(listed, "--{flag} is not in:\n{}", outcome.stdout);
     }
+    let engines = outcome.stdout.split_once("--engine").expect("listed").1;
+    let engines = engines.split_once("--bpffs").expect("the next one").0;
+    for engine in ["auto", "packet", "splice", "copy"] {
+        let mut words = engines.split(|c: char| !c.is_ascii_alphanumeric());
+        assert!(words.any(|word| word == engine), "{engine} is not in:\n{}", outcome.stdout);
+    }
     for verb in ["check", "connections", "cleanup"] {
         assert!(outcome.stdout.contains(verb), "{verb} is not in:\n{}", outcome.stdout);
         let own = run(&[verb, "--help"]);

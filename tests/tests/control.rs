@@ -47,6 +47,7 @@ fn a_running_proxy_answers_and_takes_its_socket_away_at_the_end() {
     let unknown = connections(&socket, &["kill", "no-such-id"]);
     assert_eq!(unknown.code, Some(1), "{unknown:?}");
     assert_eq!(unknown.stderr.lines().count(), 1, "{unknown:?}");
+    assert!(unknown.stderr.contains("no-such-id"), "{unknown:?}");
     assert_eq!(connections(&socket, &["kill", "--client=192.0.2.1"]).code, Some(1));
     assert_eq!(connections(&socket, &["kill", "--all"]).code, Some(0));
 

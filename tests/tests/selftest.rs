@@ -5,12 +5,14 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::process::Command;
 use std::sync::Arc;
 
+use proxy_tests::capabilities::keep_capabilities;
 use proxy_tests::netns::Host;
 use proxy_tests::peers::Peer;
 use proxy_tests::proxy::{Launch, binary};
 use proxy_tests::seccomp::Call;
 use proxy_tests::servers::{ClosedPort, Upstream};
 use proxy_tests::wait::until;
+use rustix::thread::CapabilitySet;
 use serde_json::Value;
 
 /// Freezing a socket, the last step of a switch, which nothing needs before the first switch:
@@ -49,17 +51,57 @@ fn under_auto_clients_need_not_wait_for_it() {
     proxy.log_line("the listener", |line| begins(line, "listening"));
 }
 
-#[test]
-fn asked_for_by_name_it_is_fatal() {
+/// The log of a proxy that cannot start with this engine.
+fn refused(prepare: impl FnOnce(&mut Command)) -> String {
     let mut command = Command::new(binary());
     command.args(["--upstream-addr=127.0.0.1:9", "--listen-addr=127.0.0.1:0", "--bpffs=off"]);
     command.args(["--admin-addr=127.0.0.1:0", "--admin-socket=off", "--endpoint-mode=off"]);
-    command.arg("--engine=packet").env_remove("RUST_LOG");
-    freezing().refuse_to(&mut command);
+    command.args(["--max-connections=100", "--engine=packet"]).env_remove("RUST_LOG");
+    prepare(&mut command);
     let output = Host::new("node").run(move || command.output()).expect("it starts");
-    let log = String::from_utf8_lossy(&output.stderr);
+    let log = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(1), "{log}");
+    log
+}
+
+#[test]
+fn asked_for_by_name_it_is_fatal() {
+    let log = refused(|command| freezing().refuse_to(command));
     assert!(log.contains("engine packet cannot work here: the self-test"), "{log}");
+    assert!(log.contains("steward-tcp-proxy check"), "{log}");
+}
+
+#[test]
+fn capabilities_that_are_missing_are_named_in_one_line() {
+    let needed = [
+        (CapabilitySet::BPF, "BPF"),
+        (CapabilitySet::NET_ADMIN, "NET_ADMIN"),
+        (CapabilitySet::NET_RAW, "NET_RAW"),
+        (CapabilitySet::PERFMON, "PERFMON"),
+    ];
+    let all = needed.iter().fold(CapabilitySet::empty(), |all, (one, _)| all | *one);
+    let cases = needed.iter().map(|(one, name)| (all - *one, (*name).to_owned())).chain([
+        (CapabilitySet::SYS_ADMIN, "NET_ADMIN, NET_RAW".to_owned()),
+        (CapabilitySet::empty(), "BPF, NET_ADMIN, NET_RAW, PERFMON".to_owned()),
+    ]);
+    for (kept, missing) in cases {
+        let log = refused(|command| keep_capabilities(command, kept));
+        assert!(log.contains(&format!("missing capabilities: {missing};")), "{log}");
+        assert!(log.contains("steward-tcp-proxy check"), "{log}");
+        assert_eq!(log.lines().count(), 1, "{log}");
+    }
+}
+
+#[test]
+fn beside_another_process_that_has_it_one_relays_in_userspace_and_says_so() {
+    let host = Arc::new(Host::new("node"));
+    let launch = |engine| Launch::new("127.0.0.1:9").flag("engine", engine).on(&host);
+    let first = launch("packet").start();
+    let second = launch("auto").start();
+    let line = second.log_line("the reason", |line| line["reason"].is_string());
+    assert!(begins(&line, "another process relays in the kernel"), "{line:#}");
+    assert_eq!(line["level"], "INFO", "{line:#}");
+    drop(first);
 }
 
 #[test]
@@ -68,13 +110,29 @@ fn without_namespaces_it_is_used_untested() {
     let line = proxy.log_line("the first line", |_| true);
     assert!(begins(&line, "no self-test") && line["level"] == "INFO", "{line:#}");
     assert!(line["error"].as_str().is_some_and(|error| error.contains("unshare")), "{line:#}");
+    proxy.log_line("the engine", |line| begins(line, "the kernel relays connections"));
+}
+
+/// Nothing is used then.
+#[test]
+fn untested_and_unusable_is_told_in_one_line() {
+    let log = refused(|command| {
+        Call::new(libc::SYS_unshare).refuse_to(command);
+        Call::new(libc::SYS_membarrier).refuse_to(command);
+    });
+    assert!(log.contains("engine packet cannot work here: membarrier"), "{log}");
+    assert_eq!(log.lines().count(), 1, "{log}");
 }
 
 #[test]
-fn where_all_works_nothing_is_said() {
+fn where_all_works_the_engine_is_all_that_is_said() {
     let proxy = launch("packet").start();
     let line = proxy.log_line("the first line", |_| true);
+    assert!(begins(&line, "the kernel relays connections"), "{line:#}");
+    let line = proxy.log_line("the next line", |line| !begins(line, "the kernel relays"));
     assert!(begins(&line, "listening"), "{line:#}");
+    // Every connection does, and becomes the kernel's if it fits.
+    assert_eq!(line["begins_with"], "splice", "{line:#}");
 }
 
 /// On `host`, without the self-test, which takes a while and leaves nothing anyway.
@@ -117,7 +175,7 @@ fn sigterm_while_it_starts_closes_the_listener() {
     server.receive(b"before");
     proxy.sigterm();
     until("the listener is closed", || host.run(move || ClosedPort::try_bind(address).is_ok()));
-    let gave_up = proxy.count_lines(|line| begins(line, "no relaying in the kernel"));
+    let gave_up = proxy.count_lines(|line| begins(line, "another process relays"));
     assert_eq!(gave_up, 0, "closed only once the engine was no longer waited for");
     client.finish();
     server.expect_eof();

@@ -186,7 +186,7 @@ fn near(
     let labs = [Lab::from_namespaces()?, Lab::from_namespaces()?];
     let apart: Vec<&str> = ways::NAMES.into_iter().filter(|name| *name != "packet").collect();
     let ways = start(&[(&labs[0], &apart), (&labs[1], &["packet"])], wanted)?;
-    say(&format!("bench: {} rounds through {}", rounds, names(&ways)));
+    say(&format!("bench: {} through {}", counted(rounds), names(&ways)));
     let rows = measure(&labs, &ways, columns, rounds, span, failures)?;
     let tables = Tables { columns, rows: &rows, seconds: span.time.as_secs_f64() };
     tables.print();
@@ -203,12 +203,16 @@ fn far(
         Span { warm_up: span.warm_up.max(delay * GROWING), time: span.time.max(delay * GROWING) };
     let labs = [Lab::with_far_client(delay)?];
     let ways = start(&[(&labs[0], &FAR_WAYS)], &FAR_WAYS)?;
-    say(&format!("bench: {rounds} rounds of a client {} ms away", delay.as_millis()));
+    say(&format!("bench: {} of a client {} ms away", counted(rounds), delay.as_millis()));
     let rows = measure(&labs, &ways, &FAR, rounds, span, failures)?;
     let tables = Tables { columns: &FAR, rows: &rows, seconds: span.time.as_secs_f64() };
     println!("\nThe client is {} ms away:", delay.as_millis());
     tables.print();
     Ok(tables.json())
+}
+
+fn counted(rounds: usize) -> String {
+    format!("{rounds} round{}", if rounds == 1 { "" } else { "s" })
 }
 
 fn names(ways: &[Way]) -> String {

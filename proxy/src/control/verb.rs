@@ -1,5 +1,6 @@
 //! `connections list` and `connections kill`: the socket's other end.
 
+use std::collections::HashSet;
 use std::fmt::Write as _;
 use std::io::{self, BufRead as _, BufReader, ErrorKind, Write as _};
 use std::net::SocketAddr;
@@ -48,19 +49,37 @@ fn list(socket: &Path, output: Output) -> Done {
 }
 
 fn kill(socket: &Path, which: Which) -> Done {
+    // The answer is a number alone, so who is not there is asked before.
+    let rows = match &which {
+        Which::Ids(_) => ask(socket, &Request::List)?.0,
+        Which::Client(_) | Which::All(_) => Vec::new(),
+    };
     let (_, count) = ask(socket, &Request::Kill(which.clone()))?;
     let failure = match which {
-        Which::Ids(mut ids) => {
-            ids.sort();
-            ids.dedup();
-            let missing = ids.len().saturating_sub(count);
-            (missing > 0)
-                .then(|| format!("{missing} of {} are no connections (any more)", ids.len()))
+        Which::Ids(ids) => {
+            let present = rows.iter().filter_map(|row| serde_json::from_str(row).ok());
+            missing(ids, &present.map(|row: Shown| row.id).collect(), count)
         }
         Which::Client(client) => (count == 0).then(|| format!("no connection is {client}'s")),
         Which::All(_) => None,
     };
     Ok((format!("killed {count}\n"), failure))
+}
+
+/// Which of `ids` were not killed, where `count` were and `present` were there before.
+fn missing(mut ids: Vec<String>, present: &HashSet<String>, count: usize) -> Option<String> {
+    ids.sort();
+    ids.dedup();
+    let missing = ids.len().checked_sub(count).filter(|missing| *missing > 0)?;
+    let of = ids.len();
+    ids.retain(|id| !present.contains(id));
+    // The others have ended in between.
+    let text = match (ids.len() == missing, of) {
+        (true, 1) => format!("{} is no connection (any more)", ids[0]),
+        (true, _) => format!("no connections (any more): {}", ids.join(", ")),
+        (false, _) => format!("{missing} of {of} have ended; not there before: {ids:?}"),
+    };
+    Some(text)
 }
 
 /// The lines of the answer, and the count that ends it.
@@ -186,6 +205,20 @@ mod tests {
              7      192.0.2.1:4  [2001:db8::1]:6443  splice  1h2m  0.2s        5     0\n\
              12345  192.0.2.1:4  [2001:db8::1]:6443  splice  1h2m  0.2s  1234567     0\n"
         );
+    }
+
+    #[test]
+    fn whoever_is_not_there_is_named() {
+        let present = HashSet::from(["1".to_owned()]);
+        let told = |ids: &[&str], count| {
+            missing(ids.iter().map(|id| (*id).to_owned()).collect(), &present, count)
+        };
+        assert_eq!(told(&["1", "1"], 1), None);
+        assert_eq!(told(&["9-9"], 0).as_deref(), Some("9-9 is no connection (any more)"));
+        let several = told(&["1", "9-9", "8"], 1);
+        assert_eq!(several.as_deref(), Some("no connections (any more): 8, 9-9"));
+        // It was there when it was asked for.
+        assert!(told(&["1"], 0).expect("a failure").starts_with("1 of 1 "));
     }
 
     #[test]

@@ -1,12 +1,13 @@
 //! The kernel programs of the engine: loaded, connected, pinned.
 
+use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::path::Path;
 
 use anyhow::{Context as _, Result};
 use aya::maps::{Array, HashMap, Map, MapData, PerCpuArray, ProgramArray, RingBuf, SockMap};
 use aya::programs::links::{FdLink, PinnedLink};
-use aya::programs::{SchedClassifier, SkLookup};
+use aya::programs::{ProgramError, SchedClassifier, SkLookup};
 use aya::{Ebpf, EbpfLoader};
 use proxy_common::{Endpoint, Event, HOOK_EGRESS, HOOK_INGRESS, Seen, Tuple, names, port_bit};
 use tokio::io::unix::AsyncFd;
@@ -117,6 +118,30 @@ fn data(ebpf: &mut Ebpf, name: &'static str) -> Result<MapData> {
     })
 }
 
+/// A program that the kernel does not load.
+#[derive(Debug, thiserror::Error)]
+#[error("loading program {name}")]
+pub struct Refused {
+    /// The program.
+    pub name: &'static str,
+    /// What the verifier says about it.
+    pub log: String,
+    #[source]
+    error: io::Error,
+}
+
+impl Refused {
+    /// Takes the verifier's log, many lines of it, out of the error's text.
+    fn or_other(name: &'static str) -> impl FnOnce(ProgramError) -> anyhow::Error {
+        move |error| match error {
+            ProgramError::LoadError { io_error: error, verifier_log } => {
+                Self { name, log: verifier_log.to_string(), error }.into()
+            }
+            other => anyhow::Error::new(other).context(format!("loading program {name}")),
+        }
+    }
+}
+
 /// Loads the programs, and puts the real ones behind the gates. A process before us had its own
 /// there: from this moment on its gates lead to ours.
 fn connect_stages(ebpf: &mut Ebpf) -> Result<ProgramArray<MapData>> {
@@ -126,7 +151,7 @@ fn connect_stages(ebpf: &mut Ebpf) -> Result<ProgramArray<MapData>> {
     for name in all {
         let program = ebpf.program_mut(name).with_context(|| format!("the object lacks {name}"))?;
         let program: &mut SchedClassifier = program.try_into()?;
-        program.load().with_context(|| format!("loading program {name}"))?;
+        program.load().map_err(Refused::or_other(name))?;
     }
     for (hook, name) in [(HOOK_EGRESS, all[1]), (HOOK_INGRESS, all[0])] {
         let program: &SchedClassifier = ebpf.program(name).context("loaded above")?.try_into()?;
@@ -193,7 +218,7 @@ impl Guard {
         }
         let program = ebpf.program_mut(names::GUARD).context("the object lacks the guard")?;
         let program: &mut SkLookup = program.try_into()?;
-        program.load()?;
+        program.load().map_err(Refused::or_other(names::GUARD))?;
         let namespace = std::fs::File::open("/proc/thread-self/ns/net")?;
         let link = program.attach(namespace)?;
         let link = match pins {

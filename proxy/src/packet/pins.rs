@@ -48,10 +48,8 @@ impl Pins {
         let absent = |path: &Path, error: &dyn std::fmt::Display| {
             Failure::Absent(format!("{}: {error}", path.display()))
         };
-        // The nearest directory that exists tells what file system this would be on.
-        let existing = directory.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
-        let kind = rustix::fs::statfs(existing).map_err(|error| absent(existing, &error))?.f_type;
-        if kind as u32 != BPF_FS_MAGIC {
+        let existing = existing(&directory);
+        if !is_bpffs(existing).map_err(|error| absent(existing, &error))? {
             return Err(absent(existing, &"no bpffs"));
         }
         fs::create_dir_all(&directory).map_err(|error| absent(&directory, &error))?;
@@ -66,6 +64,20 @@ impl Pins {
     pub fn directory(&self) -> &Path {
         &self.directory
     }
+}
+
+/// The nearest directory to `path` that exists; what is made at `path` is on its file system.
+#[must_use]
+pub fn existing(path: &Path) -> &Path {
+    path.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"))
+}
+
+/// Whether `path` is on a bpffs.
+///
+/// # Errors
+/// It is not there.
+pub fn is_bpffs(path: &Path) -> io::Result<bool> {
+    Ok(rustix::fs::statfs(path)?.f_type as u32 == BPF_FS_MAGIC)
 }
 
 /// The part of this network namespace under `--bpffs`: one directory for each layout of the maps,

@@ -21,6 +21,42 @@ const WITHOUT_MEMLOCK: (u32, u32) = (5, 11);
 /// First kernel whose bpf() looks at its arguments before it looks at capabilities.
 const ARGUMENTS_FIRST: (u32, u32) = (5, 19);
 
+/// What the engine needs.
+const NEEDED: [(CapabilitySet, &str); 4] = [
+    (CapabilitySet::BPF, CAP_BPF),
+    (CapabilitySet::NET_ADMIN, CAP_NET_ADMIN),
+    // Segments in the name of connections that have no socket any more.
+    (CapabilitySet::NET_RAW, CAP_NET_RAW),
+    // Without it the verifier guards against speculation, and refuses branches that the compiler
+    // made of ordinary code.
+    (CapabilitySet::PERFMON, CAP_PERFMON),
+];
+
+fn effective() -> CapabilitySet {
+    capabilities(None).map_or(CapabilitySet::empty(), |sets| sets.effective)
+}
+
+/// Whether the kernel grants with `held` what `capability` stands for.
+fn suffice(held: CapabilitySet, capability: CapabilitySet) -> bool {
+    let mut enough = capability;
+    if capability == CapabilitySet::BPF || capability == CapabilitySet::PERFMON {
+        enough |= CapabilitySet::SYS_ADMIN;
+    }
+    held.intersects(enough)
+}
+
+/// Capabilities that the packet engine needs and this process lacks, as a securityContext names
+/// them.
+#[must_use]
+pub fn missing_capabilities() -> Vec<&'static str> {
+    missing_of(effective())
+}
+
+fn missing_of(held: CapabilitySet) -> Vec<&'static str> {
+    let missing = NEEDED.into_iter().filter(|(capability, _)| !suffice(held, *capability));
+    missing.map(|(_, name)| name.trim_start_matches("CAP_")).collect()
+}
+
 /// Whether bpf(2) reaches the kernel at all.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum BpfCall {
@@ -62,7 +98,7 @@ impl Host {
     pub(super) fn read() -> Self {
         let release = rustix::system::uname().release().to_string_lossy().into_owned();
         let kernel = parse_release(&release);
-        let capabilities = capabilities(None).map_or(CapabilitySet::empty(), |c| c.effective);
+        let capabilities = effective();
         let unprivileged_bpf_disabled = line("/proc/sys/kernel/unprivileged_bpf_disabled");
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
         let bpffs = find_mount(&mounts, "bpf");
@@ -89,11 +125,7 @@ impl Host {
 
     /// Whether the kernel grants what `capability` stands for.
     pub(super) fn may(&self, capability: CapabilitySet) -> bool {
-        let mut enough = capability;
-        if capability == CapabilitySet::BPF || capability == CapabilitySet::PERFMON {
-            enough |= CapabilitySet::SYS_ADMIN;
-        }
-        self.capabilities.intersects(enough)
+        suffice(self.capabilities, capability)
     }
 
     /// Whether RLIMIT_MEMLOCK is in force and cannot be raised.
@@ -105,16 +137,9 @@ impl Host {
 
     /// A row per fact.
     pub(super) fn rows(&self) -> Vec<Row> {
-        vec![
-            self.kernel_row(),
-            self.user_namespace_row(),
-            self.capability_row(CapabilitySet::BPF, CAP_BPF),
-            self.capability_row(CapabilitySet::NET_ADMIN, CAP_NET_ADMIN),
-            // Segments in the name of connections that have no socket any more.
-            self.capability_row(CapabilitySet::NET_RAW, CAP_NET_RAW),
-            // Without it the verifier guards against speculation, and refuses branches that the
-            // compiler made of ordinary code.
-            self.capability_row(CapabilitySet::PERFMON, CAP_PERFMON),
+        let mut rows = vec![self.kernel_row(), self.user_namespace_row()];
+        rows.extend(NEEDED.map(|(capability, name)| self.capability_row(capability, name)));
+        rows.extend([
             self.sys_admin_row(),
             self.seccomp_row(),
             self.lsm_row(),
@@ -124,7 +149,8 @@ impl Host {
             self.bpffs_row(),
             self.memlock_row(),
             self.cgroup_row(),
-        ]
+        ]);
+        rows
     }
 
     fn kernel_row(&self) -> Row {
@@ -364,6 +390,14 @@ mod tests {
     fn only_the_whole_range_is_the_hosts_user_namespace() {
         assert!(is_whole_range(&Some("0          0 4294967295".into())));
         assert!(!is_whole_range(&Some("0     100000      65536".into())));
+    }
+
+    #[test]
+    fn sys_admin_does_for_some_of_what_the_engine_needs() {
+        assert_eq!(missing_of(CapabilitySet::all()), [""; 0]);
+        assert_eq!(missing_of(CapabilitySet::SYS_ADMIN), ["NET_ADMIN", "NET_RAW"]);
+        let all = ["BPF", "NET_ADMIN", "NET_RAW", "PERFMON"];
+        assert_eq!(missing_of(CapabilitySet::empty()), all);
     }
 
     #[test]
