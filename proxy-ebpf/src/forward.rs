@@ -430,10 +430,7 @@ fn rewrite_options(skb: *mut __sk_buff, segment: &Segment, half: &mut Half, othe
     scratch.old = [0; size_of::<OptionsBuffer>()];
     let first = segment.tcp + TCP_HEADER as u32;
     if !headers::load_options(skb, first, segment.options, &mut scratch.old) {
-        headers::gather(skb);
-        if !headers::load_options(skb, first, segment.options, &mut scratch.old) {
-            return 1;
-        }
+        return 1;
     }
     scratch.new = scratch.old;
     scratch.length = segment.options;

@@ -122,10 +122,7 @@ fn open(skb: *mut __sk_buff, segment: &Segment, hook: u8) -> Option<Opening> {
     scratch.old = [0; size_of::<OptionsBuffer>()];
     let first = segment.tcp + TCP_HEADER as u32;
     if !headers::load_options(skb, first, segment.options, &mut scratch.old) {
-        headers::gather(skb);
-        if !headers::load_options(skb, first, segment.options, &mut scratch.old) {
-            return None;
-        }
+        return None;
     }
     scratch.length = segment.options;
     // From memory, for the reason that parse_in_place gives.
@@ -223,11 +220,8 @@ fn report(skb: *mut __sk_buff, hook: u8, step: u8, segment: &Segment) -> u8 {
     };
     let first = segment.tcp + TCP_HEADER as u32;
     if !headers::load_options(skb, first, segment.options, &mut event.raw_options) {
-        headers::gather(skb);
-        if !headers::load_options(skb, first, segment.options, &mut event.raw_options) {
-            entry.discard(0);
-            return UNREPORTED;
-        }
+        entry.discard(0);
+        return UNREPORTED;
     }
     // The length from memory too, for the reason that parse_in_place gives: after the loop above
     // the verifier knows eleven different ranges of it.

@@ -182,9 +182,24 @@ fn read_tcp(skb: *mut __sk_buff, segment: &mut Segment) -> u8 {
     if length < TCP_HEADER as u32 { OTHER } else { WATCHED_PORT }
 }
 
-/// Reads `length` bytes of options, word by word: each call has a size that the verifier knows.
-#[inline(never)]
+/// Reads `length` bytes of options; where they are not contiguous, makes them so first.
+#[inline(always)]
 pub fn load_options(
+    skb: *mut __sk_buff,
+    first: u32,
+    length: u32,
+    into: &mut OptionsBuffer,
+) -> bool {
+    if load_options_as_they_are(skb, first, length, into) {
+        return true;
+    }
+    gather(skb);
+    load_options_as_they_are(skb, first, length, into)
+}
+
+/// Word by word: each call has a size that the verifier knows.
+#[inline(never)]
+fn load_options_as_they_are(
     skb: *mut __sk_buff,
     first: u32,
     length: u32,

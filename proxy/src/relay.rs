@@ -68,12 +68,6 @@ impl Wish {
             Self::Only(engine) => engine,
         }
     }
-
-    /// Whether connections may be handed to `packet`.
-    #[must_use]
-    pub fn may_switch(self) -> bool {
-        matches!(self, Self::Auto | Self::Only(Engine::Packet))
-    }
 }
 
 impl FromStr for Wish {
