@@ -211,6 +211,14 @@ impl Socket {
         let _ = SockRef::from(&self.fd).set_linger(None);
     }
 
+    /// Asks the kernel to notice when the peer is gone (keepalive and TCP_USER_TIMEOUT). Accepted
+    /// sockets have that from their listener. Those that connect get it only once they have lived
+    /// for a while: it takes five calls, and a peer does not count as gone before 60 s anyway.
+    pub fn watch_peer(&self) {
+        // Fails only on what is no TCP socket; then there is no peer either.
+        let _ = watch_peer(&SockRef::from(&self.fd));
+    }
+
     /// Lifts TCP_USER_TIMEOUT, or sets it to its usual [`USER_TIMEOUT`].
     pub fn lift_user_timeout(&self, lift: bool) {
         let timeout = if lift { None } else { Some(USER_TIMEOUT) };
@@ -246,6 +254,13 @@ impl Socket {
         if set(libc::SO_BUF_LOCK, 0).is_err() {
             let _ = set(libc::SO_RCVBUFFORCE, most);
         }
+    }
+
+    /// Whether something waits to be sent: bytes, or FIN.
+    #[must_use]
+    pub fn holds_unsent(&self) -> bool {
+        // What is no TCP socket any more has no queue either.
+        ask(self.as_fd(), libc::SIOCOUTQNSD).is_ok_and(|unsent| unsent > 0)
     }
 
     /// What is still queued for the peer.
@@ -286,12 +301,6 @@ impl SendQueue {
     #[must_use]
     pub fn is_empty(self) -> bool {
         self.unacknowledged == 0 && self.unsent == 0
-    }
-
-    /// Something waits to be sent.
-    #[must_use]
-    pub fn holds_unsent(self) -> bool {
-        self.unsent > 0
     }
 
     /// The peer reads no more but is alive: something waits, it has closed its window, and it
@@ -391,6 +400,7 @@ pub fn bind(address: SocketAddr) -> io::Result<Bound> {
         socket.set_only_v6(!address.ip().is_unspecified())?;
     }
     prepare(&SockRef::from(&socket))?;
+    watch_peer(&SockRef::from(&socket))?;
     socket.bind(&SockAddr::from(address))?;
     let address = socket.local_addr()?.as_socket().ok_or(io::ErrorKind::Unsupported)?;
     Ok(Bound { socket, address })
@@ -402,13 +412,28 @@ fn prepare(socket: &SockRef<'_>) -> io::Result<()> {
     // Urgent bytes stay in their place in the stream instead of being skipped.
     socket.set_out_of_band_inline(true)?;
     socket.set_tcp_nodelay(true)?;
+    socket.set_tcp_notsent_lowat(UNSENT_BYTES)
+}
+
+/// What tells a socket that its peer is gone.
+fn watch_peer(socket: &SockRef<'_>) -> io::Result<()> {
     let keepalive = TcpKeepalive::new()
         .with_time(KEEPALIVE_IDLE)
         .with_interval(KEEPALIVE_INTERVAL)
         .with_retries(KEEPALIVE_PROBES);
     socket.set_tcp_keepalive(&keepalive)?;
-    socket.set_tcp_user_timeout(Some(USER_TIMEOUT))?;
-    socket.set_tcp_notsent_lowat(UNSENT_BYTES)
+    socket.set_tcp_user_timeout(Some(USER_TIMEOUT))
+}
+
+/// One of the requests of tcp(7) that answer with a number of bytes.
+///
+/// # Errors
+/// Those of ioctl(2).
+pub fn ask(fd: BorrowedFd<'_>, request: libc::Ioctl) -> io::Result<u32> {
+    let mut value: libc::c_int = 0;
+    // SAFETY: these requests write one int to the address.
+    let status = unsafe { libc::ioctl(fd.as_raw_fd(), request, &raw mut value) };
+    if status == 0 { Ok(value.unsigned_abs()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Reads what the kernel knows of a connection.
@@ -670,7 +695,7 @@ mod tests {
         let full = [0; 65536];
         accepted.set_nonblocking(true).expect("is a socket");
         while send(&accepted, &full).is_ok() {}
-        assert!(queue(&accepted).holds_unsent());
+        assert!(ask(accepted.as_fd(), libc::SIOCOUTQNSD).expect("asks") > 0);
         // What was on its way when the window closed is acknowledged within a moment.
         while !queue(&accepted).is_stalled() {
             std::thread::yield_now();

@@ -102,6 +102,7 @@ impl Attempt<'_> {
             Ok(plan) => plan,
             Err(reason) => return Outcome::Stays(reason, self.moved),
         };
+        self.server.0.watch_peer();
         match self.quieten().await {
             Ok(()) => {}
             Err(End::Stays(reason)) => return Outcome::Stays(reason, self.moved),

@@ -3,23 +3,16 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
-use crate::socket::set_option;
+use crate::socket::{ask, set_option};
 
 /// Bytes that can be read.
 pub fn unread(fd: impl AsFd) -> io::Result<u32> {
-    ioctl(fd.as_fd(), libc::FIONREAD)
+    ask(fd.as_fd(), libc::FIONREAD)
 }
 
 /// Bytes that the peer has not acknowledged, unsent ones included; FIN counts as one.
 pub fn unacknowledged(fd: impl AsFd) -> io::Result<u32> {
-    ioctl(fd.as_fd(), libc::TIOCOUTQ)
-}
-
-fn ioctl(fd: BorrowedFd<'_>, request: libc::Ioctl) -> io::Result<u32> {
-    let mut value: libc::c_int = 0;
-    // SAFETY: both requests write one int to the address.
-    let status = unsafe { libc::ioctl(fd.as_raw_fd(), request, &raw mut value) };
-    if status == 0 { Ok(value.unsigned_abs()) } else { Err(io::Error::last_os_error()) }
+    ask(fd.as_fd(), libc::TIOCOUTQ)
 }
 
 /// The socket's own timestamp clock: what it would send as TSval now. (Kernels from 6.7 on clear

@@ -34,6 +34,9 @@ const WORTH_A_PIPE: usize = 16 * 1024;
 /// How often a connection that moved bytes is looked at until its send queues are empty.
 const LOOK_INTERVAL: Duration = Duration::from_secs(20);
 
+/// How old a connection is before all of that begins: most have ended by then.
+const YOUTH: Duration = Duration::from_secs(1);
+
 /// How long the last bytes before a RST may take to the other side.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
@@ -184,7 +187,7 @@ impl Relay<'_> {
         async move {
             self.both().await?;
             for side in [Side::Client, Side::Server] {
-                if self.socket(side).send_queue().holds_unsent() {
+                if self.socket(side).holds_unsent() {
                     Box::pin(self.unless_fails(side, self.sent_to(side))).await?;
                 }
                 self.socket(side).let_close_orderly();
@@ -198,7 +201,7 @@ impl Relay<'_> {
     /// tcp_orphan_retries probes of a closed window. No event tells of it, so this looks.
     async fn sent_to(&self, side: Side) -> Result<(), Reason> {
         let mut pause = Duration::from_millis(1);
-        while self.socket(side).send_queue().holds_unsent() {
+        while self.socket(side).holds_unsent() {
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(Duration::from_secs(1));
         }
@@ -364,8 +367,12 @@ impl Relay<'_> {
         Ok(())
     }
 
-    /// The stream of `from` has ended: so does the other socket's, after all that was written.
+    /// The stream of `from` has ended: so does the other socket's, after all that was written. The
+    /// second end is passed on by closing that socket, which both are about to be.
     fn pass_on_the_end(&self, from: Side) -> Result<(), Reason> {
+        if self.first_to_end.get().is_some() {
+            return Ok(());
+        }
         let shut = self.socket(from.other()).shutdown_write();
         shut.map_err(|error| fault(from.other(), &error))?;
         // What is still to come has no look to wait for.
@@ -428,9 +435,14 @@ impl Relay<'_> {
     /// keeps TCP_USER_TIMEOUT from ending a connection whose peer is alive but reads no more, as
     /// behind `kubectl logs -f | less`: what has no limit on a direct connection has none here.
     ///
-    /// Costs nothing while nothing moves: no timer runs unless bytes moved or wait in a queue.
+    /// Costs nothing while nothing moves: but for the beginning, no timer runs unless bytes moved
+    /// or wait in a queue.
     fn watch(&self, idle_timeout: Option<Duration>) -> impl Future<Output = ()> {
         async move {
+            // Boxed, so that it takes no room once it is over.
+            let young = idle_timeout.map_or(YOUTH, |idle| YOUTH.min(idle / 8));
+            Box::pin(tokio::time::sleep(young)).await;
+            self.server.watch_peer();
             let mut seen = 0;
             loop {
                 // Whatever moves bytes polls this task, and so looks here.
@@ -446,7 +458,7 @@ impl Relay<'_> {
 
     /// Looks again and again until nothing moves and nothing waits in a send queue.
     async fn watch_closely(&self, idle_timeout: Option<Duration>) -> Watched {
-        let interval = idle_timeout.map_or(LOOK_INTERVAL, |idle| LOOK_INTERVAL.min(idle / 4));
+        let interval = idle_timeout.map_or(LOOK_INTERVAL, |idle| LOOK_INTERVAL.min(idle / 8));
         let mut seen = self.moved();
         let mut quiet_since = Instant::now();
         let mut lifted = [false; 2];

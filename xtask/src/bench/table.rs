@@ -96,6 +96,10 @@ fn is_echo(load: &Load) -> bool {
     matches!(load, Load::Echo(_))
 }
 
+fn is_connect(load: &Load) -> bool {
+    matches!(load, Load::Connect(_))
+}
+
 fn is_bulk(load: &Load) -> bool {
     matches!(load, Load::Up(_) | Load::Down(_))
 }
@@ -167,17 +171,17 @@ impl Tables<'_> {
             "\nProcessor time: of the proxy and its children, then of client, proxy and server \
              together"
         );
-        println!("(seconds of all rounds, microseconds per exchange, seconds per gigabyte):");
+        println!("(microseconds per exchange and per connection, seconds per gigabyte):");
         println!(
-            "{:<8} {:>8} {:>8} {:>8} {:>8}   {:>8} {:>8} {:>8} {:>8}",
-            "way", "echo s", "us/exch", "bulk s", "s/GB", "echo s", "us/exch", "bulk s", "s/GB"
+            "{:<8} {:>8} {:>8} {:>8}   {:>8} {:>8} {:>8}",
+            "way", "us/exch", "us/conn", "s/GB", "us/exch", "us/conn", "s/GB"
         );
         for row in self.rows {
             print!("{:<8}", row.name);
             for cost in [self.cost(row, |f| f.proxy_seconds), self.cost(row, |f| f.all_seconds)] {
                 print!(
-                    " {:>8.2} {:>8.2} {:>8.2} {:>8.3}  ",
-                    cost.echo, cost.us_per_exchange, cost.bulk, cost.s_per_gb
+                    " {:>8.2} {:>8.2} {:>8.3}  ",
+                    cost.us_per_exchange, cost.us_per_connection, cost.s_per_gb
                 );
             }
             println!();
@@ -185,15 +189,15 @@ impl Tables<'_> {
     }
 
     fn cost(&self, row: &Row, seconds: fn(&Figures) -> f64) -> Cost {
-        let echo = row.sum(self.columns, is_echo, seconds);
-        let exchanges = row.sum(self.columns, is_echo, |f| f.exchanges as f64);
-        let bulk = row.sum(self.columns, is_bulk, seconds);
+        let each = |wanted: fn(&Load) -> bool| {
+            let exchanges = row.sum(self.columns, wanted, |f| f.exchanges as f64);
+            row.sum(self.columns, wanted, seconds) * 1e6 / exchanges.max(1.0)
+        };
         let gigabytes = row.sum(self.columns, is_bulk, |f| f.gbit) / 8.0 * self.seconds;
         Cost {
-            echo,
-            us_per_exchange: echo * 1e6 / exchanges.max(1.0),
-            bulk,
-            s_per_gb: bulk / gigabytes.max(1e-9),
+            us_per_exchange: each(is_echo),
+            us_per_connection: each(is_connect),
+            s_per_gb: row.sum(self.columns, is_bulk, seconds) / gigabytes.max(1e-9),
         }
     }
 
@@ -243,18 +247,16 @@ impl Tables<'_> {
 
 /// Processor time of one way.
 struct Cost {
-    echo: f64,
     us_per_exchange: f64,
-    bulk: f64,
+    us_per_connection: f64,
     s_per_gb: f64,
 }
 
 impl Cost {
     fn json(&self) -> Value {
         json!({
-            "echo_seconds": self.echo,
             "us_per_exchange": self.us_per_exchange,
-            "bulk_seconds": self.bulk,
+            "us_per_connection": self.us_per_connection,
             "seconds_per_gb": self.s_per_gb,
         })
     }
