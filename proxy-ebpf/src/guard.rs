@@ -12,7 +12,7 @@ use proxy_common::{
     CLIENT, Counter, EVENT_STRAY, Endpoint, FlowRef, MARK_LEFT, PHASE_FREE, PHASE_LIVE, Tuple,
 };
 
-use crate::forward::{find, tell};
+use crate::flows::{find, tell};
 use crate::headers::{IPPROTO_TCP, mapped};
 use crate::{GUARD_SOCKETS, LAST_STRAY, RECORDS, count};
 

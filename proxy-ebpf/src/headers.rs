@@ -269,8 +269,21 @@ pub fn mapped([a, b, c, d]: [u8; 4]) -> [u8; 16] {
     [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d]
 }
 
+/// A word of an address, in the order that [`load_words`] has.
+#[inline(always)]
+pub fn word_of(address: &[u8; 16], index: usize) -> u32 {
+    let at = index * 4;
+    u32::from_ne_bytes([address[at], address[at + 1], address[at + 2], address[at + 3]])
+}
+
 #[inline(always)]
 pub fn is_port_watched(port: u16) -> bool {
     let (word, bit) = port_bit(port);
     WATCHED_PORTS.get(word).is_some_and(|word| word & bit != 0)
+}
+
+/// Whether one sequence number comes before another; they wrap around.
+#[inline(always)]
+pub fn is_before(a: u32, b: u32) -> bool {
+    (a.wrapping_sub(b) as i32) < 0
 }

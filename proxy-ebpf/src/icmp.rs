@@ -8,8 +8,10 @@
 use aya_ebpf::bindings::__sk_buff;
 use proxy_common::{Counter, EVENT_TOO_BIG, Endpoint, FlowRef, Half, Tuple};
 
-use crate::forward::{find, is_before, is_live, tell};
-use crate::headers::{self, IPPROTO_TCP, IPV4_HEADER, IPV6_HEADER, is_port_watched, load, mapped};
+use crate::flows::{find, is_live, tell};
+use crate::headers::{
+    self, IPPROTO_TCP, IPV4_HEADER, IPV6_HEADER, is_before, is_port_watched, load, mapped,
+};
 use crate::{RECORDS, count};
 
 const ETH_P_IP: u16 = 0x0800;

@@ -5,11 +5,17 @@
 #![no_main]
 #![expect(missing_docs, reason = "the hook macro drops the doc comments of what it expands to")]
 
+mod duty;
+mod flows;
+mod follow;
 mod forward;
 mod guard;
 mod handshake;
 mod headers;
 mod icmp;
+mod options;
+mod patch;
+mod rewrite;
 
 use aya_ebpf::Global;
 use aya_ebpf::bindings::{__sk_buff, TC_ACT_UNSPEC};
@@ -33,7 +39,7 @@ static FLOWS: HashMap<Tuple, FlowRef> = HashMap::with_max_entries(32768, BPF_F_N
 /// See `linux/bpf.h`: memory for entries that are there, not for all that fit.
 const BPF_F_NO_PREALLOC: u32 = 1;
 
-/// The same for servers, by the local port towards them; see `forward::find`.
+/// The same for servers, by the local port towards them; see `flows::find`.
 #[map]
 static OWN_PORTS: Array<FlowRef> = Array::with_max_entries(65536, 0);
 
@@ -150,7 +156,7 @@ pub fn packet_ingress(ctx: TcContext) -> i32 {
         _ => return TC_ACT_UNSPEC,
     }
     let mut flow = FlowRef::default();
-    if forward::find(&segment.tuple, &mut flow) {
+    if flows::find(&segment.tuple, &mut flow) {
         let verdict = forward::forward(skb, &segment, flow.slot, flow.tag);
         if verdict != TC_ACT_UNSPEC {
             return verdict;
@@ -167,7 +173,7 @@ pub fn packet_egress(ctx: TcContext) -> i32 {
     let mut segment = headers::Segment::EMPTY;
     match headers::read(skb, &mut segment) {
         headers::WATCHED_PORT => {
-            if forward::speak_for(skb, &segment) != 0 {
+            if duty::speak_for(skb, &segment) != 0 {
                 count(Counter::Unfit);
             }
             observe(skb, &segment, HOOK_EGRESS)
@@ -197,6 +203,9 @@ pub fn packet_guard(ctx: SkLookupContext) -> u32 {
 
 /// See `linux/bpf.h`: go on, with the socket that was assigned if one was.
 const SK_PASS: u32 = 1;
+
+/// Of the type that the other verdicts have.
+const TC_ACT_SHOT: i32 = aya_ebpf::bindings::TC_ACT_SHOT as i32;
 
 #[inline(always)]
 fn count(what: Counter) {
