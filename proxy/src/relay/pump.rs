@@ -548,3 +548,40 @@ pub(crate) fn fault(side: Side, error: &io::Error) -> Reason {
         _ => Reason::Failed(side),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::{TcpListener, TcpStream};
+
+    use socket2::SockRef;
+    use tokio::time::timeout;
+
+    use super::*;
+    use crate::metrics::Metrics;
+
+    /// Two ends of a connection that is made as std makes it.
+    fn pair() -> (Socket, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let ours = TcpStream::connect(listener.local_addr().expect("bound")).expect("connects");
+        ours.set_nonblocking(true).expect("is a socket");
+        let theirs = listener.accept().expect("accepts").0;
+        (Socket::new(ours.into()).expect("registers"), theirs)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn once_it_has_lived_for_a_second_a_vanished_server_is_noticed() {
+        let ((client, _client), (server, _server)) = (pair(), pair());
+        let (client, server) = (Downstream(client), Upstream(server, None));
+        let metrics = Arc::new(Metrics::new().expect("registers"));
+        let pipes = Arc::new(PipePool::new(Arc::clone(&metrics)));
+        let limits = Limits { pipes, idle_timeout: None, drain: Watcher::default() };
+        let counters = Counters { up: metrics.bytes_up.clone(), down: metrics.bytes_down.clone() };
+        let relay = run(Engine::Copy, &client, &server, &limits, &counters, Moved::default(), None);
+        let mut relay = pin!(relay);
+        let is_watched = || SockRef::from(&server.0).keepalive().expect("asks");
+        assert!(timeout(YOUTH / 2, &mut relay).await.is_err(), "nothing ends it");
+        assert!(!is_watched(), "short connections are spared the calls");
+        assert!(timeout(YOUTH, &mut relay).await.is_err(), "nothing ends it");
+        assert!(is_watched());
+    }
+}
