@@ -1,18 +1,18 @@
-//! Listeners: dual-stack, limited, and never at rest for long.
+//! Accepting clients: limited, and never at rest for long.
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::Semaphore;
-use tracing::{debug, warn};
+use tracing::warn;
 
-use crate::config::ListenAddr;
 use crate::drain::Watcher;
-use crate::session::{self, Shared};
-use crate::socket::{self, Bound, Socket};
+use crate::session::{self, Place, Shared};
+use crate::socket::Socket;
+use crate::workers::Seat;
 
 /// Accepted in one go before other tasks of the thread get a turn.
 const BATCH: usize = 64;
@@ -20,43 +20,15 @@ const BATCH: usize = 64;
 /// First and longest pause after the process or the system ran out of something.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(5), Duration::from_secs(1));
 
-/// Binds `address`: every address of both families in one socket where the host has IPv6.
-///
-/// # Errors
-/// Those of bind(2), with the address that was tried.
-pub fn bind(address: ListenAddr) -> io::Result<Bound> {
-    let at = |ip: IpAddr| {
-        let address = SocketAddr::new(ip, address.port);
-        socket::bind(address)
-            .map_err(|error| io::Error::new(error.kind(), format!("listen on {address}: {error}")))
-    };
-    match address.ip {
-        Some(ip) => at(ip),
-        None => match at(Ipv6Addr::UNSPECIFIED.into()) {
-            // A host without IPv6 says EAFNOSUPPORT or, with it switched off, EADDRNOTAVAIL.
-            Err(error)
-                if !matches!(
-                    error.kind(),
-                    io::ErrorKind::AddrInUse | io::ErrorKind::PermissionDenied
-                ) =>
-            {
-                debug!(%error, "no IPv6 listener, taking IPv4 alone");
-                at(Ipv4Addr::UNSPECIFIED.into())
-            }
-            result => result,
-        },
-    }
-}
-
 /// Accepts clients until draining begins, and then once more those that the kernel has already
 /// let in: closing the listener would reset them. Each client takes one of the `places`.
-pub async fn run(listener: TcpListener, shared: Arc<Shared>, places: Arc<Semaphore>) {
+pub async fn run(listener: TcpListener, seat: Seat, shared: Arc<Shared>, places: Arc<Semaphore>) {
     let drain = shared.limits.drain.clone();
     let listener = match Socket::new(listener.into()) {
         Ok(listener) => listener,
         Err(error) => return warn!(%error, "the listener cannot be watched"),
     };
-    let acceptor = Acceptor { listener, shared, places, drain };
+    let acceptor = Acceptor { listener, seat, shared, places, drain };
     tokio::select! {
         () = acceptor.accept_for_ever() => {}
         () = acceptor.drain.draining() => {}
@@ -69,6 +41,7 @@ pub async fn run(listener: TcpListener, shared: Arc<Shared>, places: Arc<Semapho
 
 struct Acceptor {
     listener: Socket,
+    seat: Seat,
     shared: Arc<Shared>,
     places: Arc<Semaphore>,
     drain: Watcher,
@@ -134,8 +107,10 @@ impl Acceptor {
             session::refused(&self.shared.metrics, address);
             return Ok(());
         };
-        let session = session::serve(Arc::clone(&self.shared), fd, address, permit);
-        tokio::spawn(self.drain.track(session));
+        let shared = Arc::clone(&self.shared);
+        self.seat.spawn(|worker| {
+            self.drain.track(session::serve(shared, fd, address, Place { permit, worker }))
+        });
         Ok(())
     }
 }

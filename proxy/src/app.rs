@@ -1,6 +1,6 @@
 //! The only place where parts are wired together.
 //!
-//! Two runtimes: one moves bytes, the other answers scrapes and talks to Kubernetes, so that
+//! The workers move bytes; a runtime of its own answers scrapes and talks to Kubernetes, so that
 //! neither a slow scrape nor a large watch event can delay a client.
 
 use std::io::Write as _;
@@ -29,7 +29,8 @@ use crate::readiness::Readiness;
 use crate::relay::{Counters, Engine, Limits, PipePool, Reason, Wish};
 use crate::session::Shared;
 use crate::upstream::Upstream;
-use crate::{accept, admin, control, endpoints, logging, preflight};
+use crate::workers::Workers;
+use crate::{accept, admin, control, endpoints, listeners, logging, preflight};
 
 /// Descriptors beside those of connections: listeners, pipes, epoll, log, API client.
 const OTHER_DESCRIPTORS: u64 = 512;
@@ -62,6 +63,9 @@ pub fn main(config: Config) -> ExitCode {
     }
 }
 
+/// Why threads cannot be started.
+const FEW_THREADS: &str = "is the limit of processes or threads (ulimit -u, pids cgroup) too low?";
+
 type PanicHook = Box<dyn Fn(&PanicHookInfo<'_>) + Sync + Send>;
 
 /// While the proxy starts, a panic is a lack of threads (tokio and the log's writer do not return
@@ -71,7 +75,7 @@ fn end_on_panic() -> PanicHook {
     std::panic::set_hook(Box::new(|info| {
         let text = info.payload().downcast_ref::<String>().map(String::as_str);
         let what = text.or(info.payload().downcast_ref::<&str>().copied()).unwrap_or("panic");
-        let hint = "is the limit of processes or threads (ulimit -u, pids cgroup) too low?";
+        let hint = FEW_THREADS;
         let _ = writeln!(std::io::stderr(), "steward-tcp-proxy: cannot start: {what}; {hint}");
         std::process::exit(1);
     }));
@@ -89,9 +93,9 @@ pub struct App {
     drain: Drain,
     metrics: Arc<Metrics>,
     packet: Eventually,
-    accepting: JoinHandle<()>,
+    accepting: Vec<JoinHandle<()>>,
     signals: Signals,
-    data: Runtime,
+    workers: Workers,
     side: Runtime,
 }
 
@@ -102,24 +106,24 @@ impl App {
     /// An address cannot be bound, or the system lacks threads or descriptors.
     pub fn start(config: &Config, metrics: Arc<Metrics>) -> anyhow::Result<Self> {
         raise_descriptor_limit(config.max_connections);
-        let bound = accept::bind(config.listen)?;
+        let workers = Workers::start().context(FEW_THREADS)?;
+        let bound = listeners::bind(config.listen, workers.count())?;
         let admin_listener = config.admin.map(admin::bind).transpose()?;
         let listening = bound.address();
         let admin = admin_listener.as_ref().map(std::net::TcpListener::local_addr).transpose()?;
 
-        let data = Builder::new_multi_thread().thread_name("relay").enable_all().build()?;
         let side = Builder::new_multi_thread()
             .worker_threads(1)
             .thread_name("side")
             .enable_all()
             .build()?;
-        let signals = data.block_on(async { Signals::new() }).context("signal handlers")?;
+        let signals = side.block_on(async { Signals::new() }).context("signal handlers")?;
 
         let drain = Drain::default();
         let timeout = config.connect_timeout;
         let places = Arc::new(Semaphore::new(config.max_connections));
         let packet = Eventually::default();
-        packet.keep_listener(bound.descriptor()?);
+        packet.keep_listeners(bound.descriptors()?);
         let starter = Starter {
             config: config.packet.clone(),
             listening,
@@ -133,7 +137,7 @@ impl App {
         };
         starter.start_as(config.engine)?;
         // Not before the engine that was asked for by name is there: who connects is served by it.
-        let listener = bound.listen()?;
+        let listeners = bound.listen()?;
         let upstream = Upstream::new(
             &config.upstream,
             timeout,
@@ -156,7 +160,10 @@ impl App {
             metrics: Arc::clone(&metrics),
         };
         metrics.describe_process(config.engine, config.engine.decide())?;
-        let accepting = data.spawn(accept::run(listener, Arc::new(shared), places));
+        let shared = Arc::new(shared);
+        let accepting = workers.on_each(listeners, |seat, listener| {
+            accept::run(listener, seat, Arc::clone(&shared), Arc::clone(&places))
+        });
         readiness.listening();
         if let Some(listener) = admin_listener {
             side.spawn(admin::serve(listener, Arc::clone(&metrics), readiness.clone()));
@@ -182,7 +189,7 @@ impl App {
             packet,
             accepting,
             signals,
-            data,
+            workers,
             side,
         };
         app.announce(config);
@@ -210,7 +217,7 @@ impl App {
         let (drain, signals) = (&self.drain, &mut self.signals);
         let accepting = &mut self.accepting;
         let engine = self.packet.clone();
-        let clean = self.data.block_on(async {
+        let clean = self.side.block_on(async {
             let name = signals.next().await;
             drain.begin();
             self.metrics.draining.set(1);
@@ -223,7 +230,9 @@ impl App {
                     engine.hand_over().await;
                 }
                 // Whom the kernel has let in becomes a session before the last one can end.
-                let _ = accepting.await;
+                for accepting in accepting {
+                    let _ = accepting.await;
+                }
                 drain.drained().await;
                 // Pinned, they go on without us.
                 while packet.is_some_and(|packet| packet.live() > 0) {
@@ -252,6 +261,7 @@ impl App {
         if let Some(packet) = self.packet.get().filter(|packet| !packet.is_pinned()) {
             packet.release_ports();
         }
+        drop(self.workers);
         info!(clean, "ended");
         self.side.shutdown_background();
         Ok(if clean { ExitCode::SUCCESS } else { ExitCode::FAILURE })
@@ -287,7 +297,7 @@ impl Starter {
                 anyhow!("engine packet cannot work here: {error:#}{hint}")
             }),
             Wish::Only(_) => {
-                drop(self.packet.take_listener());
+                drop(self.packet.take_listeners());
                 Ok(())
             }
         }
@@ -321,9 +331,7 @@ impl Starter {
         let (listening, most) = (self.listening, self.max_connections);
         let (packet, news) =
             Packet::start(&self.config, namespace, listening, most, places, metrics)?;
-        if let Some(listener) = self.packet.take_listener() {
-            packet.bound_segments_of(listener);
-        }
+        packet.bound_segments_of(self.packet.take_listeners());
         for HostPort { host, port } in &self.upstream.0 {
             if let Host::Ip(ip) = host {
                 packet.expect_upstream(SocketAddr::new(*ip, *port));

@@ -4,12 +4,13 @@
 //!
 //! 1. [`cli`], [`config`]: what was asked for, judged before anything is bound;
 //! 2. [`app`]: the only place where parts are wired together;
-//! 3. [`accept`]: listeners, limits, back-off;
-//! 4. [`session`]: one connection's life;
-//! 5. [`upstream`]: which address, and how it is reached;
-//! 6. [`relay`]: the engines;
-//! 7. [`socket`]: what the kernel is asked for on both sockets;
-//! 8. [`drain`]: ending in order.
+//! 3. [`listeners`], [`accept`]: the port, limits, back-off;
+//! 4. [`workers`]: the thread on which the connection lives from here on;
+//! 5. [`session`]: one connection's life;
+//! 6. [`upstream`]: which address, and how it is reached;
+//! 7. [`relay`]: the engines;
+//! 8. [`socket`]: what the kernel is asked for on both sockets;
+//! 9. [`drain`]: ending in order.
 //!
 //! Beside that way: [`endpoints`] keeps `default/kubernetes` pointing at us, [`admin`] and
 //! [`metrics`] show what goes on, [`control`] lists and kills connections, [`preflight`] tells what
@@ -24,6 +25,7 @@ pub mod config;
 pub mod control;
 pub mod drain;
 pub mod endpoints;
+pub mod listeners;
 pub mod logging;
 pub mod metrics;
 pub mod packet;
@@ -33,6 +35,7 @@ pub mod relay;
 pub mod session;
 pub mod socket;
 pub mod upstream;
+pub mod workers;
 
 /// The version of this build, as in `Cargo.toml`.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");

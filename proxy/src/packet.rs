@@ -304,7 +304,7 @@ impl Packet {
     /// Leaves the switched connections to a successor: from here on nothing is switched, and no
     /// record is changed any more. Ends when that is so; pins can be opened by another process
     /// then. Without pins there is no successor, and nothing happens
-    /// but that the listener may be closed.
+    /// but that the listeners may be closed.
     pub async fn hand_over(&self) {
         lock(&self.segments).let_go();
         if !self.is_pinned {
@@ -386,9 +386,9 @@ impl Packet {
         is_new
     }
 
-    /// Has clients of this listener told what the servers take.
-    pub fn bound_segments_of(&self, listener: OwnedFd) {
-        lock(&self.segments).tell(listener);
+    /// Has clients of these listeners told what the servers take.
+    pub fn bound_segments_of(&self, listeners: Vec<OwnedFd>) {
+        lock(&self.segments).tell(listeners);
     }
 
     /// Has handshakes with an upstream address kept, and finds out what the way there takes: the

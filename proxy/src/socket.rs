@@ -14,7 +14,7 @@
 
 use std::future::poll_fn;
 use std::io;
-use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::OnceLock;
 use std::time::Duration;
@@ -49,9 +49,6 @@ fn queues() -> (i32, i32) {
     let number = |at| setting.split_whitespace().nth(at).and_then(|text| text.parse().ok());
     (number(1).unwrap_or(USUAL.0) / 2, number(2).unwrap_or(USUAL.1) / 2)
 }
-
-/// Connections waiting to be accepted; the kernel caps it at net.core.somaxconn.
-const BACKLOG: i32 = 4096;
 
 /// A non-blocking TCP socket with tokio's readiness.
 #[derive(Debug)]
@@ -352,60 +349,6 @@ pub fn send(fd: impl AsFd, bytes: &[u8]) -> io::Result<usize> {
     Ok(rustix::net::send(fd, bytes, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)?)
 }
 
-/// A listener to be: its port is taken, and clients are refused.
-#[derive(Debug)]
-pub struct Bound {
-    socket: socket2::Socket,
-    /// With the port that was asked for, or the one that the kernel chose.
-    address: SocketAddr,
-}
-
-impl Bound {
-    /// Its address.
-    #[must_use]
-    pub fn address(&self) -> SocketAddr {
-        self.address
-    }
-
-    /// A copy of its descriptor, which is the listener's later.
-    ///
-    /// # Errors
-    /// No more descriptors.
-    pub fn descriptor(&self) -> io::Result<OwnedFd> {
-        Ok(self.socket.try_clone()?.into())
-    }
-
-    /// Clients may come. Accepted sockets are ready for a relay.
-    ///
-    /// # Errors
-    /// Those of listen(2): somebody else has done so since the port was taken.
-    pub fn listen(self) -> io::Result<TcpListener> {
-        self.socket.listen(BACKLOG).map_err(|error| {
-            io::Error::new(error.kind(), format!("listen on {}: {error}", self.address))
-        })?;
-        Ok(self.socket.into())
-    }
-}
-
-/// Takes a port.
-///
-/// # Errors
-/// Those of socket(2) and bind(2).
-pub fn bind(address: SocketAddr) -> io::Result<Bound> {
-    let domain = Domain::for_address(address);
-    let socket = socket2::Socket::new(domain, Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
-    socket.set_reuse_address(true)?;
-    if address.is_ipv6() {
-        // The unspecified address takes IPv4 clients as well, whatever the sysctl says.
-        socket.set_only_v6(!address.ip().is_unspecified())?;
-    }
-    prepare(&SockRef::from(&socket))?;
-    watch_peer(&SockRef::from(&socket))?;
-    socket.bind(&SockAddr::from(address))?;
-    let address = socket.local_addr()?.as_socket().ok_or(io::ErrorKind::Unsupported)?;
-    Ok(Bound { socket, address })
-}
-
 /// What both sockets of a pair need from their first moment on.
 fn prepare(socket: &SockRef<'_>) -> io::Result<()> {
     socket.set_linger(Some(Duration::ZERO))?;
@@ -413,6 +356,15 @@ fn prepare(socket: &SockRef<'_>) -> io::Result<()> {
     socket.set_out_of_band_inline(true)?;
     socket.set_tcp_nodelay(true)?;
     socket.set_tcp_notsent_lowat(UNSENT_BYTES)
+}
+
+/// What accepted sockets are to inherit.
+///
+/// # Errors
+/// Those of setsockopt(2).
+pub fn prepare_listener(socket: &SockRef<'_>) -> io::Result<()> {
+    prepare(socket)?;
+    watch_peer(socket)
 }
 
 /// What tells a socket that its peer is gone.
@@ -636,10 +588,13 @@ mod tests {
     use std::net::{Ipv4Addr, TcpStream};
 
     use super::*;
+    use crate::config::ListenAddr;
+    use crate::listeners;
 
     fn pair() -> (TcpStream, TcpStream) {
-        let bound = bind((Ipv4Addr::LOCALHOST, 0).into()).expect("a port");
-        let listener = bound.listen().expect("listens");
+        let any = ListenAddr { ip: Some(Ipv4Addr::LOCALHOST.into()), port: 0 };
+        let bound = listeners::bind(any, 1).expect("a port");
+        let listener = bound.listen().expect("listens").remove(0);
         listener.set_nonblocking(false).expect("is a socket");
         let client = TcpStream::connect(listener.local_addr().expect("bound")).expect("connects");
         (client, listener.accept().expect("accepts").0)

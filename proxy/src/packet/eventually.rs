@@ -17,8 +17,8 @@ struct Inner {
     engine: OnceLock<Option<Arc<Packet>>>,
     /// Told before it was there, perhaps.
     translated: Mutex<HashSet<SocketAddr>>,
-    /// The listener, which the engine will have something to say to.
-    listener: Mutex<Option<OwnedFd>>,
+    /// The listeners, which the engine will have something to say to.
+    listeners: Mutex<Vec<OwnedFd>>,
     /// Held while the host is changed for an engine that is not there yet.
     starting: Mutex<()>,
 }
@@ -34,14 +34,14 @@ impl Eventually {
         self.0.engine.get()?.as_ref()
     }
 
-    /// Keeps a copy of the listener for the engine, as long as that may come.
-    pub fn keep_listener(&self, listener: OwnedFd) {
-        *lock(&self.0.listener) = Some(listener);
+    /// Keeps copies of the listeners for the engine, as long as that may come.
+    pub fn keep_listeners(&self, listeners: Vec<OwnedFd>) {
+        *lock(&self.0.listeners) = listeners;
     }
 
     /// The copy; `None` if no engine is wanted any more.
-    pub fn take_listener(&self) -> Option<OwnedFd> {
-        lock(&self.0.listener).take()
+    pub fn take_listeners(&self) -> Vec<OwnedFd> {
+        std::mem::take(&mut lock(&self.0.listeners))
     }
 
     /// From here on the host is changed, until the engine is there or has undone it; `None` if none is
@@ -72,7 +72,7 @@ impl Eventually {
     pub fn close(&self) -> Option<&Arc<Packet>> {
         let engine = self.0.engine.get_or_init(|| None).as_ref();
         // Or clients were still let in, and never accepted.
-        drop(self.take_listener());
+        drop(self.take_listeners());
         engine
     }
 

@@ -5,7 +5,7 @@
 //! knows yet whether there will be a switch. Where both sides are alike nothing changes.
 //!
 //! - The server is told by the SYN of our socket: what the client takes, where that is less.
-//! - The client is told by the listener's SYN-ACK, before it is known which server will be its own:
+//! - The client is told by its listener's SYN-ACK, before it is known which server will be its own:
 //!   the least that any server takes. What that is follows from the device towards a server and
 //!   from what servers said in earlier handshakes.
 //!
@@ -27,11 +27,11 @@ const MOST: u32 = 32767;
 /// In every segment of a connection that can be switched: the option of timestamps.
 const TIMESTAMPS: u32 = 12;
 
-/// What is known of servers, and what the listener says because of it.
+/// What is known of servers, and what the listeners say because of it.
 #[derive(Debug, Default)]
 pub struct Segments {
-    listener: Option<OwnedFd>,
-    /// What the listener was told last; 0 for nothing.
+    listeners: Vec<OwnedFd>,
+    /// What they were told last; 0 for nothing.
     told: u32,
     servers: HashMap<SocketAddr, Server>,
     /// Of all devices over which clients may come: without a bound, nobody says more.
@@ -55,16 +55,16 @@ impl Server {
 }
 
 impl Segments {
-    /// The listener is told from here on, until [`Self::let_go`].
-    pub fn tell(&mut self, listener: OwnedFd) {
-        self.listener = Some(listener);
+    /// The listeners are told from here on, until [`Self::let_go`].
+    pub fn tell(&mut self, listeners: Vec<OwnedFd>) {
+        self.listeners = listeners;
         self.told = 0;
         self.update();
     }
 
-    /// Lets the listener be closed.
+    /// Lets the listeners be closed.
     pub fn let_go(&mut self) {
-        self.listener = None;
+        self.listeners.clear();
     }
 
     /// The way to a server, new or changed.
@@ -107,13 +107,16 @@ impl Segments {
 
     fn update(&mut self) {
         let wanted = self.wanted();
-        let Some(listener) = &self.listener else { return };
-        if wanted != self.told && tcp::bound_segments(listener, wanted).is_ok() {
+        if wanted == self.told || self.listeners.is_empty() {
+            return;
+        }
+        let mut told = self.listeners.iter().map(|fd| tcp::bound_segments(fd, wanted));
+        if told.all(|told| told.is_ok()) {
             self.told = wanted;
         }
     }
 
-    /// What clients must be told; 0 if they are told no more than that anyway. The listener has
+    /// What clients must be told; 0 if they are told no more than that anyway. A listener has
     /// one value for both families, whose headers differ: so it matters whether one is needed.
     fn wanted(&self) -> u32 {
         let needed = self.servers.iter().filter_map(|(address, server)| {
@@ -218,7 +221,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").expect("binds");
         let mut segments = segments(1500);
         segments.note_way(address(V4), hop(1400));
-        segments.tell(listener.try_clone().expect("clones").into());
+        segments.tell(vec![listener.try_clone().expect("clones").into()]);
         assert_eq!(tcp::segment(&listener).ok(), Some(1360));
         segments.note_way(address(V4), hop(1300));
         assert_eq!(tcp::segment(&listener).ok(), Some(1260));

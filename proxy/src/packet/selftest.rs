@@ -28,13 +28,14 @@ use super::attach::Method;
 use super::eligible::Ineligible;
 use super::eventually::Eventually;
 use super::{Packet, ends, pins};
-use crate::accept;
 use crate::config::{Host, HostPort, ListenAddr, PacketConfig, UpstreamAddrs};
 use crate::drain::Drain;
 use crate::metrics::Metrics;
 use crate::relay::{Counters, Engine, Limits, PipePool, Wish};
 use crate::session::Shared;
 use crate::upstream::Upstream;
+use crate::workers::Seat;
+use crate::{accept, listeners};
 use ground::{End, Ground, ip};
 
 /// The connections take some 50 ms, on a machine that is busy enough a hundred times that.
@@ -210,7 +211,7 @@ impl<'a> Test<'a> {
 
     /// Starts a relay to `server`, as the real one is started; its port.
     fn relay(&self, server: SocketAddr) -> Result<(u16, Arc<Metrics>)> {
-        let listener = accept::bind(ListenAddr { ip: None, port: 0 })?.listen()?;
+        let listener = listeners::bind(ListenAddr { ip: None, port: 0 }, 1)?.listen()?.remove(0);
         let listening = listener.local_addr()?;
         self.packet.watch(listening, WATCH_LOCAL);
         let metrics = Arc::new(Metrics::new()?);
@@ -236,7 +237,12 @@ impl<'a> Test<'a> {
             counters: Counters { up: metrics.bytes_up.clone(), down: metrics.bytes_down.clone() },
             metrics: Arc::clone(&metrics),
         };
-        tokio::spawn(accept::run(listener, Arc::new(shared), Arc::new(Semaphore::new(1))));
+        tokio::spawn(accept::run(
+            listener,
+            Seat::alone(),
+            Arc::new(shared),
+            Arc::new(Semaphore::new(1)),
+        ));
         Ok((listening.port(), metrics))
     }
 

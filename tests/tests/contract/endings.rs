@@ -55,31 +55,41 @@ pub fn an_end_waits_for_all_bytes_before_a_slow_reader(at: &Setting) {
 /// A closed socket is the kernel's alone, which forgets one whose peer does not read for a minute.
 pub fn a_connection_lives_until_its_last_byte_has_left(at: &Setting) {
     for side in Side::BOTH {
-        let (proxy, writer, reader) = at.relayed().seen_from(side);
-        reader.shrink_buffers();
-        let sent = writer.fill(1, at.backlog_bound());
-        writer.finish();
-        reader.finish();
-        writer.expect_eof();
-        let direction = if side == Side::Client { "up" } else { "down" };
-        let handed_on = || proxy.metric("bytes_total", &[("direction", direction)]) as u64;
-        // Read until the kernel has taken all from the proxy, but more waits than the reader's
-        // own buffer can take.
-        let mut stream = Stream::new(1);
-        while handed_on() < sent {
-            reader.receive_next(&mut stream, 5_000);
-        }
-        for _ in 0..50 {
-            let relaying = proxy.metric("connections_relaying", &[("engine", at.engine)]);
-            assert_eq!(relaying, 1.0, "the connection ended with bytes still to be sent");
-        }
-        let read = stream.position();
-        reader.receive_next(&mut stream, sent - read);
-        reader.expect_eof();
-        // The reader's own direction was free, so it ended first.
-        let first = if side == Side::Client { Side::Server } else { Side::Client };
-        assert_eq!(proxy.ended().reason, first.closed());
+        // On a busy machine the reader may have caught up before the proxy comes to hand on the rest.
+        let is_shown = (0..10).any(|_| lives_until_its_last_byte_has_left(at, side));
+        assert!(is_shown, "bytes never waited behind the proxy");
     }
+}
+
+/// Whether it could be seen: more waited than the reader's own buffer takes.
+fn lives_until_its_last_byte_has_left(at: &Setting, side: Side) -> bool {
+    /// Far more than a reader with small buffers takes, and half of what the proxy lets wait unsent.
+    const WAITING: u64 = 128 * 1024;
+    let (proxy, writer, reader) = at.relayed().seen_from(side);
+    reader.shrink_buffers();
+    let sent = writer.fill(1, at.backlog_bound());
+    writer.finish();
+    reader.finish();
+    writer.expect_eof();
+    let direction = if side == Side::Client { "up" } else { "down" };
+    let handed_on = || proxy.metric("bytes_total", &[("direction", direction)]) as u64;
+    // Read until the kernel has taken all from the proxy.
+    let mut stream = Stream::new(1);
+    while handed_on() < sent {
+        reader.receive_next(&mut stream, 5_000);
+    }
+    let waits = sent - stream.position() > WAITING;
+    for _ in 0..if waits { 50 } else { 0 } {
+        let relaying = proxy.metric("connections_relaying", &[("engine", at.engine)]);
+        assert_eq!(relaying, 1.0, "the connection ended with bytes still to be sent");
+    }
+    let read = stream.position();
+    reader.receive_next(&mut stream, sent - read);
+    reader.expect_eof();
+    // The reader's own direction was free, so it ended first.
+    let first = if side == Side::Client { Side::Server } else { Side::Client };
+    assert_eq!(proxy.ended().reason, first.closed());
+    waits
 }
 
 pub fn both_directions_end_at_once_with_bytes_under_way(at: &Setting) {
