@@ -1,9 +1,10 @@
 //! Ends of switched connections reach the other end as they are, and the access log.
 
-use proxy_tests::forge::{ACK, FIN, PSH, Segment};
+use proxy_tests::forge::{ACK, FIN, PSH, RST, SYN, Segment};
 use proxy_tests::peers::{Ending, both};
 use proxy_tests::row::{Family, Row};
 use proxy_tests::sniff::{Sniffer, Way};
+use proxy_tests::stream::Dice;
 use proxy_tests::wait::until;
 
 use crate::ground::{Ground, RELAYING, Switched, Traffic, both_families};
@@ -22,6 +23,7 @@ both_families!(
     of_which_nobody_was_told,
     forged_ones_are_taken_back,
     one_that_forged_numbers_hide_is_found,
+    one_that_vanished_is_found_among_forged_segments,
 );
 
 /// The programs have no room to tell of anything, and then both directions end.
@@ -254,6 +256,32 @@ fn one_that_vanished_is_found(family: Family) {
     let connection = ground.switched();
     Traffic::new().pass(&connection, 100_000);
     ground.row.client.ip("link set wire1 down");
+    connection.server.expect_reset();
+    assert_eq!(ground.proxy.ended().reason, "client_timed_out");
+}
+
+/// The client hears nothing any more, and so says nothing. Somebody who knows no numbers goes on in its
+/// name, which is no sign of life.
+fn one_that_vanished_is_found_among_forged_segments(family: Family) {
+    let ground = Ground::with(Row::new(), family, &[("packet-keepalive", "500ms")]);
+    let connection = ground.switched();
+    Traffic::new().pass(&connection, 100_000);
+    let client = &ground.row.client;
+    for command in [
+        "add table inet deaf",
+        "add chain inet deaf hear { type filter hook input priority 0; policy drop; }",
+    ] {
+        client.output("nft", &[command]);
+    }
+    let [from, to] = connection.front;
+    let mut dice = Dice::new(7);
+    until("the client counts as gone", || {
+        for flags in [ACK, PSH | ACK, FIN | ACK, SYN, RST] {
+            let numbers = (dice.roll() as u32, dice.roll() as u32);
+            Segment::new(from, to, flags).numbers(numbers.0, numbers.1).send_from(client);
+        }
+        ground.proxy.metric("connections_ended_total", &[]) > 0.0
+    });
     connection.server.expect_reset();
     assert_eq!(ground.proxy.ended().reason, "client_timed_out");
 }
