@@ -54,7 +54,7 @@ impl Stalled {
         before: Sockstat,
         pairs: Vec<(Peer, Peer)>,
     ) -> Self {
-        let (memory, maps) = (process.private_memory(), maps_memory(process));
+        let (memory, maps) = (process.anonymous_memory(), maps_memory(process));
         let available = facts::available_memory();
         let servers: Vec<_> = pairs.iter().map(|(_, server)| server).collect();
         let sent = fill_all(&servers, 1, node.run(backlog_bound));
@@ -78,7 +78,8 @@ impl Stalled {
         assert_eq!(facts::connections(&self.node), 0);
         assert!(stat.in_use == before.in_use && stat.used <= before.used, "{stat:?}, {before:?}");
         assert!(maps_memory(self.process) <= self.maps, "maps grow");
-        let grown = self.process.private_memory().saturating_sub(self.memory);
+        // Not of the program's file, which is shared with processes of other tests while they last.
+        let grown = self.process.anonymous_memory().saturating_sub(self.memory);
         assert!(grown < MOST, "the proxy took {grown} bytes for {} readers", self.pairs.len());
     }
 
