@@ -22,8 +22,6 @@ pub fn follow(segment: &Segment, half: &mut Half, other: &mut Half) -> u8 {
         // Not a sign of life: a host that has forgotten the connection answers so for ever.
         return reset(segment, half, other);
     }
-    // SAFETY: no preconditions.
-    half.seen_ns = unsafe { bpf_ktime_get_ns() };
     if segment.flags & (flags::SYN | flags::ACK) != flags::ACK {
         return 0;
     }
@@ -41,6 +39,9 @@ pub fn follow(segment: &Segment, half: &mut Half, other: &mut Half) -> u8 {
     {
         return 0;
     }
+    // Not before: who knows no numbers must not keep what is long gone.
+    // SAFETY: no preconditions.
+    half.seen_ns = unsafe { bpf_ktime_get_ns() };
     if half.reset != 0 {
         // It went on.
         half.reset = 0;

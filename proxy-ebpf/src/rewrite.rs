@@ -138,17 +138,14 @@ fn answer(segment: &Segment, half: &Half, other: &Half) -> (u32, u16) {
     (acknowledgement.wrapping_sub(other.seq_add), scale(window, other.our_shift()))
 }
 
-/// A window in the scale of who announces it; never closed by rounding, which might be for good.
+/// A window in the scale of who announces it. Less than its unit is nothing: rounded up, more would be
+/// sent than there is room for. That is refused, and the sender, who believes in loss, repeats it after
+/// ever longer pauses, also once there is room again; behind a closed window it waits for word. Not for
+/// good: nothing is switched whose receiver has no more than some units.
 #[inline(always)]
 pub fn scale(window: u32, shift: u8) -> u16 {
     let scaled = window >> (shift & 15);
-    if scaled > 65535 {
-        65535
-    } else if scaled == 0 && window != 0 {
-        1
-    } else {
-        scaled as u16
-    }
+    if scaled > 65535 { 65535 } else { scaled as u16 }
 }
 
 /// The sum of the words from the TCP header on; with `invert` it is what they take from a sum.

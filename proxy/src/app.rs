@@ -293,7 +293,7 @@ impl Starter {
             }
             Wish::Only(Engine::Packet) => self.start().map_err(|error| {
                 tell_verifier(&error);
-                let hint = if is_taken(&error) { String::new() } else { format!("; {HINT}") };
+                let hint = obstacle(&error).map_or_else(|| format!("; {HINT}"), |_| String::new());
                 anyhow!("engine packet cannot work here: {error:#}{hint}")
             }),
             Wish::Only(_) => {
@@ -303,18 +303,25 @@ impl Starter {
         }
     }
 
+    /// Waits for as long as another process has it: that may end any time, above all while the one
+    /// is replaced by the other.
     fn start_or_tell(&self) {
-        let Err(error) = self.start() else { return };
-        tell_verifier(&error);
-        let reason = format!("{error:#}");
-        if is_taken(&error) {
-            info!(
-                reason,
-                "another process relays in the kernel here; this one relays in userspace (engine \
-                 splice) until it is started anew, also after the other has ended"
-            );
-        } else {
-            info!(reason, hint = HINT, "no relaying in the kernel; engine splice");
+        let mut told = String::new();
+        loop {
+            let Err(error) = self.start() else { return };
+            let reason = format!("{error:#}");
+            let Some(obstacle) = obstacle(&error) else {
+                tell_verifier(&error);
+                info!(reason, hint = HINT, "no relaying in the kernel; engine splice");
+                return;
+            };
+            if reason != told {
+                info!(reason, "relaying in userspace (engine splice) until that is over");
+                told = reason;
+            }
+            if !obstacle.passes(|| self.packet.is_awaited()) {
+                return;
+            }
         }
     }
 
@@ -323,6 +330,9 @@ impl Starter {
         ensure!(missing.is_empty(), "missing capabilities: {}", missing.join(", "));
         // Takes seconds if another has it; the self-test, which comes next, takes its time as well.
         let namespace = pins::be_the_one()?;
+        if !self.packet.is_awaited() {
+            return Ok(());
+        }
         let untested = test_packet()?;
         // None: the process ends before the engine is there.
         let Some(_starting) = self.packet.begin() else { return Ok(()) };
@@ -359,9 +369,11 @@ impl Starter {
 /// Where to find out why the engine of the kernel cannot work.
 const HINT: &str = "`steward-tcp-proxy check` names what is missing";
 
-/// Nothing is missing: another process has the engine.
-fn is_taken(error: &anyhow::Error) -> bool {
-    error.chain().any(|cause| matches!(cause.downcast_ref(), Some(pins::Failure::Taken(_))))
+/// Nothing is missing: another process has the engine, or has left something that only its pins
+/// can do with.
+fn obstacle(error: &anyhow::Error) -> Option<&pins::Failure> {
+    let failure = error.chain().find_map(|cause| cause.downcast_ref());
+    failure.filter(|failure| !matches!(failure, pins::Failure::Absent(_)))
 }
 
 /// What a refused program did wrong fills pages, which few can read.

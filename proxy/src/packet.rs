@@ -45,7 +45,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use aya::Ebpf;
 use aya::maps::{MapData, PerCpuArray, RingBuf};
 use proxy_common::{
@@ -181,17 +181,10 @@ impl Packet {
                 );
                 None
             }
-            Err(failure @ pins::Failure::Taken(_)) => return Err(failure.into()),
+            Err(failure) => return Err(failure.into()),
         };
         let directory = pins.as_ref().map(Pins::directory);
-        if attach::is_guarded().context("programs of this network namespace")?
-            && !directory.is_some_and(pins::has_guard)
-        {
-            bail!(
-                "an earlier process has left connections in the kernel, pinned elsewhere: start \
-                 with its --bpffs, or end them with `steward-tcp-proxy cleanup`"
-            );
-        }
+        pins::refuse_foreign(directory)?;
         let object = Object::load(directory, connections)?;
         let Object { mut ebpf, table, events, seen, watched, counters, hold } = object;
         // What outlives us must be found again; else it is enough to recognise it.

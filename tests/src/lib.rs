@@ -26,5 +26,6 @@ pub mod seccomp;
 pub mod segments;
 pub mod servers;
 pub mod sniff;
+pub mod stalled;
 pub mod stream;
 pub mod wait;

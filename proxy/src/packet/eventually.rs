@@ -1,5 +1,6 @@
 //! The engine, once it is there. Its self-test and loading its programs take up to some seconds on
-//! a busy machine, and clients need not wait for either.
+//! a busy machine, another process may have it until it ends, and clients need not wait for any of
+//! that.
 
 use std::collections::HashSet;
 use std::net::SocketAddr;
@@ -44,11 +45,17 @@ impl Eventually {
         std::mem::take(&mut lock(&self.0.listeners))
     }
 
+    /// Whether it may still come: neither is it there nor has nobody any use for it by now.
+    #[must_use]
+    pub fn is_awaited(&self) -> bool {
+        self.0.engine.get().is_none()
+    }
+
     /// From here on the host is changed, until the engine is there or has undone it; `None` if none is
     /// wanted any more.
     pub fn begin(&self) -> Option<Starting<'_>> {
         let starting = lock(&self.0.starting);
-        self.0.engine.get().is_none().then_some(Starting(starting))
+        self.is_awaited().then_some(Starting(starting))
     }
 
     /// Here it is. False if it comes too late: drop it then.

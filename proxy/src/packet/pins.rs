@@ -10,15 +10,24 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use anyhow::Context as _;
 use proxy_common::LAYOUT;
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
+
+use super::attach;
 
 /// BPF_FS_MAGIC of linux/magic.h.
 pub const BPF_FS_MAGIC: u32 = 0xcafe_4a11;
 
 /// How long a process that ends may take to let go: it does so as soon as no switch is under way.
 const PATIENCE: Duration = Duration::from_secs(5);
+
+/// How long one that was killed may: the kernel closes one of its descriptors after the other.
+const AFTERMATH: Duration = Duration::from_secs(1);
+
+/// How often [`Failure::passes`] looks for what the kernel does not tell of.
+const LOOK: Duration = Duration::from_secs(5);
 
 /// The directory of this network namespace, ours until this is dropped.
 #[derive(Debug)]
@@ -27,15 +36,49 @@ pub struct Pins {
     _lock: File,
 }
 
-/// Why there are no pins.
+/// Why there are no pins, or no engine for us.
 #[derive(Debug, thiserror::Error)]
 pub enum Failure {
     /// There is no bpffs to be had: one can do without.
     #[error("{0}")]
     Absent(String),
     /// One cannot do beside another process.
-    #[error("another process uses {0}")]
-    Taken(String),
+    #[error("another process uses {what}")]
+    Taken {
+        /// As people call it.
+        what: String,
+        /// Whose lock it holds.
+        path: PathBuf,
+    },
+    /// One cannot do beside what another process has pinned elsewhere.
+    #[error(
+        "an earlier process has left connections in the kernel, pinned elsewhere: start with its \
+         --bpffs, or end them with `steward-tcp-proxy cleanup`"
+    )]
+    Foreign {
+        /// Our own pins.
+        ours: Option<PathBuf>,
+    },
+}
+
+impl Failure {
+    /// Waits until that is over, which may be never; `false` if it has nothing to do with others, or
+    /// `is_awaited` says that nobody waits any more. Holds nothing meanwhile, and does not run while
+    /// another process is in the way.
+    #[must_use]
+    pub fn passes(&self, is_awaited: impl Fn() -> bool) -> bool {
+        match self {
+            Self::Absent(_) => return false,
+            // A directory that is gone is nobody's; whether we may have it shows when it is tried.
+            Self::Taken { path, .. } => drop(lock_late(path)),
+            Self::Foreign { ours } => {
+                while is_awaited() && is_foreign(ours.as_deref()).unwrap_or(false) {
+                    std::thread::sleep(LOOK);
+                }
+            }
+        }
+        is_awaited()
+    }
 }
 
 impl Pins {
@@ -55,7 +98,7 @@ impl Pins {
         fs::create_dir_all(&directory).map_err(|error| absent(&directory, &error))?;
         match lock_soon(&directory).map_err(|error| absent(&directory, &error))? {
             Some(lock) => Ok(Self { directory, _lock: lock }),
-            None => Err(Failure::Taken(directory.display().to_string())),
+            None => Err(Failure::Taken { what: directory.display().to_string(), path: directory }),
         }
     }
 
@@ -117,15 +160,30 @@ fn children(directory: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-/// The same, with a process before us that is about to let go.
-fn lock_soon(directory: &Path) -> io::Result<Option<File>> {
-    let deadline = Instant::now() + PATIENCE;
+/// Asks until there is an answer, or for so long.
+fn soon<T>(
+    patience: Duration,
+    mut ask: impl FnMut() -> io::Result<Option<T>>,
+) -> io::Result<Option<T>> {
+    let deadline = Instant::now() + patience;
     loop {
-        match lock(directory)? {
+        match ask()? {
             None if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(20)),
             outcome => return Ok(outcome),
         }
     }
+}
+
+/// [`lock`], with a process before us that is about to let go.
+fn lock_soon(path: &Path) -> io::Result<Option<File>> {
+    soon(PATIENCE, || lock(path))
+}
+
+/// The same, however long that takes.
+fn lock_late(path: &Path) -> io::Result<File> {
+    let file = File::open(path)?;
+    rustix::io::retry_on_intr(|| flock(&file, FlockOperation::LockExclusive))?;
+    Ok(file)
 }
 
 /// Locks a directory of pins; `None` while another process has it.
@@ -141,10 +199,23 @@ pub fn lock(directory: &Path) -> io::Result<Option<File>> {
     }
 }
 
-/// Whether the programs of the network namespace may be an earlier process's of this directory.
-#[must_use]
-pub fn has_guard(directory: &Path) -> bool {
-    directory.join("guard").exists()
+/// Whether a guard is at work that no process runs and that is not of these pins: then there may be
+/// connections of which only other pins know.
+fn is_foreign(ours: Option<&Path>) -> io::Result<bool> {
+    Ok(!ours.is_some_and(|directory| directory.join("guard").exists()) && attach::is_guarded()?)
+}
+
+/// Makes sure that no pins but `ours` (those of this process) relay in this network namespace. To be
+/// called by [the one](be_the_one).
+///
+/// # Errors
+/// [`Failure::Foreign`]; or the kernel does not tell.
+pub fn refuse_foreign(ours: Option<&Path>) -> anyhow::Result<()> {
+    let none = soon(AFTERMATH, || Ok((!is_foreign(ours)?).then_some(())));
+    match none.context("programs of this network namespace")? {
+        Some(()) => Ok(()),
+        None => Err(Failure::Foreign { ours: ours.map(Path::to_owned) }.into()),
+    }
 }
 
 /// The network namespace that the calling thread is in; a lock on it is one for all its processes.
@@ -159,7 +230,10 @@ const NAMESPACE: &str = "/proc/thread-self/ns/net";
 pub fn be_the_one() -> Result<File, Failure> {
     let lock = lock_soon(Path::new(NAMESPACE));
     let lock = lock.map_err(|error| Failure::Absent(format!("{NAMESPACE}: {error}")))?;
-    lock.ok_or_else(|| Failure::Taken("the packet engine of this network namespace".to_owned()))
+    lock.ok_or_else(|| Failure::Taken {
+        what: "the packet engine of this network namespace".to_owned(),
+        path: NAMESPACE.into(),
+    })
 }
 
 /// Makes sure that no process of this network namespace runs the engine, nor begins to until the

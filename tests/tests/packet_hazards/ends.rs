@@ -1,9 +1,10 @@
 //! Ends of switched connections reach the other end as they are, and the access log.
 
-use proxy_tests::forge::{ACK, FIN, PSH, Segment};
+use proxy_tests::forge::{ACK, FIN, PSH, RST, SYN, Segment};
 use proxy_tests::peers::{Ending, both};
 use proxy_tests::row::{Family, Row};
 use proxy_tests::sniff::{Sniffer, Way};
+use proxy_tests::stream::Dice;
 use proxy_tests::wait::until;
 
 use crate::ground::{Ground, RELAYING, Switched, Traffic, both_families};
@@ -21,6 +22,8 @@ both_families!(
     killed_by_hand,
     of_which_nobody_was_told,
     forged_ones_are_taken_back,
+    one_that_forged_numbers_hide_is_found,
+    one_that_vanished_is_found_among_forged_segments,
 );
 
 /// The programs have no room to tell of anything, and then both directions end.
@@ -98,6 +101,38 @@ fn forged_ones_are_taken_back(family: Family) {
         (reason, ended.bytes_up, ended.bytes_down),
         ("server_closed", bytes + 2_000_000, bytes)
     );
+}
+
+/// Somebody knows the numbers, and says in the client's name that it is further than it is: so what it
+/// then ends with seems to be long past. Asked, the server says that there is nothing any more.
+fn one_that_forged_numbers_hide_is_found(family: Family) {
+    const AHEAD: u32 = 50_000;
+    // So that the answer to the first question counts, and not that there is none to the third.
+    let ground = Ground::with(Row::new(), family, &[("packet-keepalive", "4s")]);
+    let connection = ground.switched();
+    let mut traffic = Traffic::new();
+    let row = &ground.row;
+    let sniffer = Sniffer::start(&row.client, &row.before.device());
+    let beyond = Sniffer::start(&row.server, &row.behind.device());
+    traffic.pass(&connection, 100_000);
+    let last = |way: Way| {
+        let first = sniffer.await_segment("bytes", |s| s.way == way && s.len > 0);
+        first.seq.wrapping_add(traffic.bytes() as u32)
+    };
+    let [next, got] = [Way::Out, Way::In].map(last);
+    let [from, to] = connection.front;
+    let forged = Segment::new(from, to, ACK).numbers(next.wrapping_add(AHEAD), got);
+    forged.send_from(&row.client);
+    let first = beyond.await_segment("bytes", |s| s.way == Way::In && s.len > 0).seq;
+    let ahead = first.wrapping_add(traffic.bytes() as u32 + AHEAD);
+    beyond.await_segment("the forged one", |s| s.way == Way::In && s.seq == ahead);
+    connection.close();
+    let ended = ground.proxy.ended();
+    assert_eq!((ended.reason.as_str(), ended.bytes_down), ("server_reset", traffic.bytes()));
+    // It counts too much, and no more than that.
+    let most = traffic.bytes() + u64::from(AHEAD);
+    assert!((traffic.bytes()..=most).contains(&ended.bytes_up), "{ended:?}");
+    ground.proxy.await_metric(RELAYING, &[], 0.0);
 }
 
 fn a_reset_by_the_client(family: Family) {
@@ -221,6 +256,32 @@ fn one_that_vanished_is_found(family: Family) {
     let connection = ground.switched();
     Traffic::new().pass(&connection, 100_000);
     ground.row.client.ip("link set wire1 down");
+    connection.server.expect_reset();
+    assert_eq!(ground.proxy.ended().reason, "client_timed_out");
+}
+
+/// The client hears nothing any more, and so says nothing. Somebody who knows no numbers goes on in its
+/// name, which is no sign of life.
+fn one_that_vanished_is_found_among_forged_segments(family: Family) {
+    let ground = Ground::with(Row::new(), family, &[("packet-keepalive", "500ms")]);
+    let connection = ground.switched();
+    Traffic::new().pass(&connection, 100_000);
+    let client = &ground.row.client;
+    for command in [
+        "add table inet deaf",
+        "add chain inet deaf hear { type filter hook input priority 0; policy drop; }",
+    ] {
+        client.output("nft", &[command]);
+    }
+    let [from, to] = connection.front;
+    let mut dice = Dice::new(7);
+    until("the client counts as gone", || {
+        for flags in [ACK, PSH | ACK, FIN | ACK, SYN, RST] {
+            let numbers = (dice.roll() as u32, dice.roll() as u32);
+            Segment::new(from, to, flags).numbers(numbers.0, numbers.1).send_from(client);
+        }
+        ground.proxy.metric("connections_ended_total", &[]) > 0.0
+    });
     connection.server.expect_reset();
     assert_eq!(ground.proxy.ended().reason, "client_timed_out");
 }

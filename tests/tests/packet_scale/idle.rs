@@ -1,4 +1,4 @@
-//! As many idle connections as the ephemeral range has ports.
+//! As many idle connections as the ephemeral range has ports, and others that are stuck.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -13,7 +13,8 @@ use proxy_tests::peers::Peer;
 use proxy_tests::process::need_open_files;
 use proxy_tests::row::{Family, Row};
 use proxy_tests::servers::Upstream;
-use proxy_tests::wait::{bound, until};
+use proxy_tests::stalled::{self, Stalled};
+use proxy_tests::wait::{bound, patient, until};
 
 use crate::node::Node;
 
@@ -31,8 +32,15 @@ const SAMPLE: usize = 100;
 /// What one may cost, whatever holds it.
 const MOST: u64 = 512;
 
-/// Longer than any period that a timer might have.
-const QUIET: Duration = Duration::from_secs(10);
+/// Nothing must happen for so long.
+const QUIET: Duration = Duration::from_secs(60);
+
+/// It may take so long until that begins: the proxy looks every 100 s whether somebody has been
+/// silent for long, which takes a moment, whatever the number of connections.
+const SETTLED: Duration = Duration::from_secs(200);
+
+/// Readers that stall meanwhile, elsewhere.
+const STALLED: usize = 100;
 
 /// Ends of half of the connections, on either side.
 type Clients = Holder<Vec<Peer>>;
@@ -195,20 +203,42 @@ fn idle_connections_cost_half_a_kibibyte_and_no_wake_up() {
     assert_eq!(map_memory(), empty);
 }
 
-/// No thread of the proxy wakes up for a while. What is done once after a change may be done
-/// first, whenever that is.
+/// Another node, where all is stalled.
+fn stall() -> (Node, Stalled) {
+    let family = Family::V6;
+    let row = Row::new();
+    stalled::small_buffers(&row);
+    let back = row.back(family);
+    let upstream = row.server.run(move || Upstream::new(back));
+    let node = Node::new(row, upstream.address(), STALLED);
+    let before = facts::sockstat(node.host());
+    let to = SocketAddr::new(node.row.front(family), node.proxy.address().port());
+    let pair = |_| (node.row.client.run(move || Peer::connect(to)), upstream.accept());
+    let pairs = (0..STALLED).map(pair).collect();
+    node.await_switched(STALLED);
+    until("the node has no sockets", || facts::connections(node.host()) == 0);
+    let stalled = Stalled::new(&node.row.node, node.proxy.process(), before, pairs);
+    (node, stalled)
+}
+
+/// For a minute no thread of the proxy wakes up, nor takes any time of a processor. What is done
+/// once after a change may be done first, whenever that is. In the same minute, which is long,
+/// readers stall at another node.
 #[track_caller]
 fn stays_asleep(node: &Node) {
-    let mut windows = Vec::new();
-    for _ in 0..6 {
-        let before = node.proxy.process().sleeps();
-        std::thread::sleep(QUIET);
-        // Threads that end take their counts along.
-        windows.push(node.proxy.process().sleeps() as i64 - before as i64);
-        println!("{windows:?} wake-ups in {QUIET:?} each");
-        if windows.last() == Some(&0) {
-            return;
+    let (_elsewhere, stalled) = stall();
+    let state = || (node.proxy.process().sleeps(), node.proxy.process().cpu_ticks());
+    let (begun, mut since, mut before) = (Instant::now(), Instant::now(), state());
+    while since.elapsed() < QUIET {
+        stalled.look();
+        std::thread::sleep(Duration::from_secs(1));
+        let now = state();
+        if now != before {
+            println!("awake after {:?}: {before:?}, {now:?} (sleeps, ticks)", begun.elapsed());
+            assert!(begun.elapsed() < patient(SETTLED), "idle connections cause wake-ups");
+            (since, before) = (Instant::now(), now);
         }
     }
-    panic!("idle connections cause wake-ups: {windows:?}");
+    println!("asleep for {QUIET:?}, {:?} after the last connection", begun.elapsed());
+    stalled.end();
 }

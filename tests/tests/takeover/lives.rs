@@ -14,7 +14,7 @@ const SEEN: u64 = 10_000_000;
 
 /// Sends bulk both ways, calls `meanwhile` well before its end, and checks every byte.
 #[track_caller]
-fn bulk(pair: &Pair, meanwhile: impl FnOnce()) {
+pub fn bulk(pair: &Pair, bytes: u64, meanwhile: impl FnOnce()) {
     let begun = std::sync::Barrier::new(3);
     let read = |reader: &proxy_tests::peers::Peer, seed| {
         let mut stream = proxy_tests::stream::Stream::new(seed);
@@ -23,14 +23,14 @@ fn bulk(pair: &Pair, meanwhile: impl FnOnce()) {
         reader.receive_rest(stream)
     };
     thread::scope(|threads| {
-        threads.spawn(|| pair.client.try_send_all(1, BULK).expect("to the end"));
-        threads.spawn(|| pair.server.try_send_all(2, BULK).expect("to the end"));
+        threads.spawn(|| pair.client.try_send_all(1, bytes).expect("to the end"));
+        threads.spawn(|| pair.server.try_send_all(2, bytes).expect("to the end"));
         let up = threads.spawn(|| read(&pair.server, 1));
         let down = threads.spawn(|| read(&pair.client, 2));
         begun.wait();
         meanwhile();
         for ended in [up, down] {
-            assert_eq!(ended.join().expect("read"), (BULK, Ending::Eof));
+            assert_eq!(ended.join().expect("read"), (bytes, Ending::Eof));
         }
     });
 }
@@ -48,11 +48,11 @@ fn expect_ended(proxy: &Proxy, pair: &Pair, talks: u64, more: u64, reason: &str)
 pub fn killed_in_the_middle_and_taken_over(at: &Ground) {
     let mut first = at.launch().start();
     let pairs = at.switched(&first, 3);
-    bulk(&pairs[0], || first.kill9());
+    bulk(&pairs[0], BULK, || first.kill9());
     pairs[1].talk();
     // A process comes while bytes are on their way, too.
     let mut second = None;
-    bulk(&pairs[1], || second = Some(at.launch().start()));
+    bulk(&pairs[1], BULK, || second = Some(at.launch().start()));
     let mut second = second.expect("started");
     expect_ended(&second, &pairs[0], 1, BULK, "any");
     expect_ended(&second, &pairs[1], 2, BULK, "any");

@@ -2,6 +2,7 @@
 //!
 //! Needs root, and the commands `ip`, `tc`, `mount` and `nft`.
 
+mod beside;
 mod ground;
 mod lives;
 mod moments;
@@ -50,5 +51,20 @@ takeover! {
         unpinned::ports_belong_to_one_process,
         traces::cleanup_leaves_nothing_behind,
         services::translated_connections,
+    }
+}
+
+// How the programs are attached has little to do with who may.
+takeover! {
+    {
+        two_by_tcx: V6, Tcx;
+        two_by_clsact: V4, Clsact;
+    }
+    {
+        beside::the_first_ends_by_sigterm,
+        beside::the_first_is_killed,
+        beside::the_first_is_killed_without_pins,
+        beside::the_second_ends_before,
+        beside::what_another_has_pinned_is_cleaned_up,
     }
 }

@@ -9,8 +9,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
+use tempfile::TempDir;
 use tokio::io::{AsyncBufReadExt as _, BufReader, Lines};
 use tokio::process::{Child, ChildStderr, Command};
+use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 
@@ -20,6 +22,9 @@ use crate::lab::Host;
 
 /// For whatever takes a moment only.
 const SOON: Duration = Duration::from_secs(5);
+
+/// For the kernel's engine to be tested and loaded, on a slow machine.
+const LOADED: Duration = Duration::from_secs(20);
 
 /// The last lines of a log are kept, for the error message.
 const KEPT_LINES: usize = 12;
@@ -34,7 +39,14 @@ pub struct Relay {
     admin: SocketAddr,
     child: Child,
     log: JoinHandle<VecDeque<String>>,
+    /// See [`Self::await_kernel`].
+    verdict: Option<oneshot::Receiver<Verdict>>,
+    /// Of the admin socket, which asks about connections.
+    socket: TempDir,
 }
+
+/// Whether the kernel relays, and if not, why.
+type Verdict = Result<(), String>;
 
 /// What its metrics say.
 #[derive(Debug, Clone, Copy, Default)]
@@ -45,6 +57,17 @@ pub struct Counts {
     live: u64,
     /// Connections that ended in order, under the engine asked for.
     orderly: u64,
+    /// Those of them that the kernel relayed.
+    in_kernel: u64,
+    /// Time of a processor that the process has used.
+    cpu: Duration,
+}
+
+impl Counts {
+    /// Connections that the kernel has relayed since `before`, and the process's own time since.
+    pub fn since(&self, before: Self) -> (u64, Duration) {
+        (self.in_kernel - before.in_kernel, self.cpu.saturating_sub(before.cpu))
+    }
 }
 
 impl Relay {
@@ -59,14 +82,18 @@ impl Relay {
         upstream: SocketAddr,
         engine: &'static str,
     ) -> Result<Self> {
+        let socket = tempfile::tempdir()?;
         let mut command = Command::new(binary);
         command.args([
             format!("--listen-addr={listen}"),
             format!("--upstream-addr={upstream}"),
             "--endpoint-mode=off".to_owned(),
             format!("--admin-addr={admin}"),
-            "--admin-socket=off".to_owned(),
+            format!("--admin-socket={}", socket.path().join("admin").display()),
             format!("--engine={engine}"),
+            // Nothing shall be left behind, and the machine's own load is no distance.
+            "--bpffs=off".to_owned(),
+            "--packet-max-rtt=1s".to_owned(),
             "--log-format=json".to_owned(),
         ]);
         // It would hide the lines that tell the addresses.
@@ -74,10 +101,57 @@ impl Relay {
         let mut child = node.spawn(command)?;
         let mut lines = BufReader::new(child.stderr.take().context("no log")?).lines();
         let told = timeout(SOON, addresses(&mut lines)).await;
-        let (listening, admin) = told.context("the proxy does not tell where it listens")??;
-        let relay = Self { engine, listening, admin, child, log: tokio::spawn(tail(lines)) };
+        let told = told.context("the proxy does not tell where it listens")??;
+        let (listening, admin, verdict) = told;
+        let (tell, told) = oneshot::channel();
+        let tell = match verdict {
+            Some(verdict) => {
+                let _ = tell.send(verdict);
+                None
+            }
+            None => Some(tell),
+        };
+        let log = tokio::spawn(tail(lines, tell));
+        let verdict = Some(told);
+        let relay = Self { engine, listening, admin, child, log, verdict, socket };
         relay.admin(node, "readyz").await.context("the proxy is not ready")?;
         Ok(relay)
+    }
+
+    /// Waits until the kernel relays; or why it does not, if so.
+    pub async fn await_kernel(&mut self) -> Verdict {
+        let Some(told) = self.verdict.take() else { return Ok(()) };
+        match timeout(LOADED, told).await {
+            Ok(Ok(verdict)) => verdict,
+            Ok(Err(_)) => Err("the proxy has ended".to_owned()),
+            Err(_) => Err(format!("not loaded within {} s", LOADED.as_secs())),
+        }
+    }
+
+    /// What `connections list` says.
+    ///
+    /// # Errors
+    /// It fails.
+    pub async fn list(&self, binary: &Path, node: &Host) -> Result<String> {
+        let mut command = Command::new(binary);
+        let socket = format!("--admin-socket={}", self.socket.path().join("admin").display());
+        command.args(["connections", "list", &socket]);
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        curl::output(node.spawn(command)?).await
+    }
+
+    /// Time of a processor that the process has used so far.
+    ///
+    /// # Errors
+    /// It has ended.
+    pub fn cpu(&self) -> Result<Duration> {
+        let id = self.child.id().context("the proxy has ended")?;
+        let text = std::fs::read_to_string(format!("/proc/{id}/stat"))?;
+        // The name, in parentheses, may hold anything; utime and stime are fields 14 and 15.
+        let fields = text.rsplit_once(')').map_or("", |(_, rest)| rest);
+        let ticks = fields.split_whitespace().skip(11).take(2).map(str::parse::<u64>);
+        let ticks = ticks.sum::<Result<u64, _>>()?;
+        Ok(Duration::from_millis(ticks * 1000 / rustix::param::clock_ticks_per_second()))
     }
 
     /// What the admin address answers.
@@ -93,8 +167,15 @@ impl Relay {
     pub async fn counts(&self, node: &Host) -> Result<Counts> {
         let text = self.admin(node, "metrics").await?;
         let count = |name: &str, labels: &[&str]| sum(&text, name, labels);
-        let engine = format!("engine=\"{}\"", self.engine);
-        let closed = |by: &str| count("connections_ended_total", &[&engine, by]);
+        // The best for each connection may be any.
+        let engine = match self.engine {
+            "auto" => String::new(),
+            engine => format!("engine=\"{engine}\""),
+        };
+        let ended = |engine: &str| {
+            let closed = |by: &str| count("connections_ended_total", &[engine, by]);
+            closed("reason=\"client_closed\"") + closed("reason=\"server_closed\"")
+        };
         Ok(Counts {
             moved: Moved {
                 connections: count("connections_accepted_total", &[]),
@@ -102,16 +183,18 @@ impl Relay {
                 received: count("bytes_total", &["direction=\"down\""]),
             },
             live: count("connections_relaying", &[]) + count("connections_dialling", &[]),
-            orderly: closed("reason=\"client_closed\"") + closed("reason=\"server_closed\""),
+            orderly: ended(&engine),
+            in_kernel: ended("engine=\"packet\""),
+            cpu: self.cpu()?,
         })
     }
 
     /// Waits until no connection is left, then checks that since `before` it counted what its
-    /// clients moved, to the byte, and that every connection ended in order.
+    /// clients moved, to the byte, and that every connection ended in order. Answers what it counted.
     ///
     /// # Errors
     /// The first count that differs.
-    pub async fn verify(&self, node: &Host, before: Counts, clients: Moved) -> Result<()> {
+    pub async fn verify(&self, node: &Host, before: Counts, clients: Moved) -> Result<Counts> {
         let after = self.quiet(node).await?;
         let pairs = [
             ("connections", before.moved.connections, after.moved.connections, clients.connections),
@@ -123,7 +206,7 @@ impl Relay {
             let proxy = after - before;
             ensure!(proxy == clients, "{what}: the proxy counted {proxy}, its clients {clients}");
         }
-        Ok(())
+        Ok(after)
     }
 
     /// The counts once no connection is left.
@@ -183,9 +266,12 @@ fn sum(metrics: &str, name: &str, labels: &[&str]) -> u64 {
     samples.sum()
 }
 
-/// Reads the log up to the lines that tell where it listens.
-async fn addresses(log: &mut Lines<BufReader<ChildStderr>>) -> Result<(SocketAddr, SocketAddr)> {
-    let (mut listening, mut admin) = (None, None);
+/// Reads the log up to the lines that tell where it listens. With what it says of the kernel until
+/// then.
+async fn addresses(
+    log: &mut Lines<BufReader<ChildStderr>>,
+) -> Result<(SocketAddr, SocketAddr, Option<Verdict>)> {
+    let (mut listening, mut admin, mut kernel) = (None, None, None);
     let mut seen = VecDeque::new();
     while let Some(line) = log.next_line().await? {
         let entry: Value = serde_json::from_str(&line).unwrap_or_default();
@@ -193,20 +279,40 @@ async fn addresses(log: &mut Lines<BufReader<ChildStderr>>) -> Result<(SocketAdd
         match entry["message"].as_str() {
             Some("listening") => listening = address(),
             Some("admin listening") => admin = address(),
-            _ => {}
+            _ => kernel = kernel.or(verdict(&entry)),
         }
-        if let Some(both) = listening.zip(admin) {
-            return Ok(both);
+        if let Some((listening, admin)) = listening.zip(admin) {
+            return Ok((listening, admin, kernel));
         }
         seen.push_back(line);
     }
     bail!("the proxy ended at once; its log:\n{}", shown(&seen))
 }
 
-/// Reads the log to its end, so that it never fills its pipe; answers its last lines.
-async fn tail(mut log: Lines<BufReader<ChildStderr>>) -> VecDeque<String> {
+/// What a line says of the kernel's engine, if it does.
+fn verdict(entry: &Value) -> Option<Verdict> {
+    let message = entry["message"].as_str()?;
+    if message.starts_with("the kernel relays") {
+        return Some(Ok(()));
+    }
+    let reason = entry["reason"].as_str().unwrap_or("no reason given");
+    message.contains("engine splice").then(|| Err(reason.to_owned()))
+}
+
+/// Reads the log to its end, so that it never fills its pipe; answers its last lines. Tells the first
+/// word about the kernel.
+async fn tail(
+    mut log: Lines<BufReader<ChildStderr>>,
+    mut tell: Option<oneshot::Sender<Verdict>>,
+) -> VecDeque<String> {
     let mut kept = VecDeque::with_capacity(KEPT_LINES);
     while let Ok(Some(line)) = log.next_line().await {
+        if tell.is_some()
+            && let Some(verdict) = verdict(&serde_json::from_str(&line).unwrap_or_default())
+            && let Some(tell) = tell.take()
+        {
+            let _ = tell.send(verdict);
+        }
         if kept.len() == KEPT_LINES {
             kept.pop_front();
         }

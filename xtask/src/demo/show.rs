@@ -26,29 +26,39 @@ use super::standin;
 use super::table::{self, Row};
 use crate::lab::{Host, Plan, spawn_here};
 
-/// The engines shown, beside direct.
+/// The engines shown, beside direct and [`KERNEL`].
 const ENGINES: [&str; 2] = ["splice", "copy"];
+
+/// What the way is called whose connections the kernel relays where it can: `--engine=auto`.
+const KERNEL: &str = "packet";
 
 /// Every load is done this often each way, in turns, so that whatever else the machine does hits
 /// all of them alike.
 const ROUNDS: usize = 3;
 
 /// Connections of the requests that keep theirs, and how long a round is.
-const KEEP_ALIVE: (usize, Duration) = (16, Duration::from_millis(1000));
+const KEEP_ALIVE: (usize, Duration) = (16, Duration::from_millis(800));
 
 /// Clients that open a connection per request.
-const NEW_CONNECTIONS: (usize, Duration) = (4, Duration::from_millis(700));
+const NEW_CONNECTIONS: (usize, Duration) = (4, Duration::from_millis(500));
 
 /// Connections of bulk transfers, each direction.
-const BULK: (usize, Duration) = (4, Duration::from_millis(500));
+const BULK: (usize, Duration) = (4, Duration::from_millis(400));
 
 /// Watches, and how many events each gets; an event comes every 100 ms.
-const WATCHES: (usize, u64) = (10, 8);
+const WATCHES: (usize, u64) = (10, 5);
+
+/// Connections that are shown in the kernel, and for how long.
+const SHOWN: (usize, Duration) = (4, Duration::from_millis(1500));
+
+/// Until they are there (a connection begins in userspace), and how long the proxy is then watched.
+const SWITCHED: Duration = Duration::from_millis(500);
+const WATCHED: Duration = Duration::from_millis(500);
 
 /// Events of the watch that goes on while the proxy drains.
 const LAST_EVENTS: u64 = 15;
 
-/// Of [`Show::run`].
+/// Of [`Show::run`], beside the one about the kernel.
 const STEPS: usize = 9;
 
 /// Far more than a step takes on a slow machine, or a round of a load.
@@ -90,6 +100,16 @@ struct Way {
     row: Row,
     /// Unless direct: the proxy on the way, and its counts before the loads.
     relay: Option<(Relay, Counts)>,
+    /// Unless direct: what it did during the loads.
+    work: Option<Work>,
+}
+
+/// A proxy's part in its connections.
+#[derive(Debug, Clone, Copy)]
+struct Work {
+    connections: u64,
+    in_kernel: u64,
+    cpu: Duration,
 }
 
 impl Show {
@@ -99,12 +119,18 @@ impl Show {
     /// The first thing that is not as it must be.
     pub async fn run(self) -> Result<()> {
         let begun = Instant::now();
-        let mut progress = Progress::new(STEPS);
-        let title = format!("start: HTTPS server, proxies with {}", ENGINES.join(", "));
-        let (mut server, mut ways) = progress.step(&title, STEP_LIMIT, self.start()).await?;
+        let mut progress = Progress::new(STEPS + usize::from(self.may_show_kernel()));
+        let engines = self.engines().iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ");
+        let title = format!("start: HTTPS server, proxies with {engines}");
+        let (mut server, mut ways, why_not) =
+            progress.step(&title, STEP_LIMIT, self.start()).await?;
+        if let Some(reason) = &why_not {
+            progress.tell(&format!("demo: the kernel relays nothing here: {reason}"));
+        }
         if let Err(error) = self.measure(&mut progress, &server, &mut ways).await {
             return Err(explained(error, &mut server, ways).await);
         }
+        let works: Vec<_> = ways.iter().map(|way| (way.row.way, way.work)).collect();
         let (ends, rows): (Vec<_>, Vec<_>) =
             ways.into_iter().map(|way| ((way.to, way.relay), way.row)).unzip();
         let work = async {
@@ -118,7 +144,7 @@ impl Show {
         progress.step("SIGTERM to each proxy, during a watch", STEP_LIMIT, work).await?;
         progress.tell(&format!("demo: done in {:.0} s", begun.elapsed().as_secs_f64()));
         drop(progress);
-        tell(&rows);
+        tell(&rows, &works);
         Ok(())
     }
 
@@ -132,26 +158,81 @@ impl Show {
         for line in progress.step("curl, each way", STEP_LIMIT, work).await? {
             progress.tell(&line);
         }
+        if self.may_show_kernel() {
+            let work = self.show_kernel(ways);
+            for line in progress.step("connections in the kernel", STEP_LIMIT, work).await? {
+                progress.tell(&line);
+            }
+        }
         measure_times(progress, ways).await?;
         measure_bulk(progress, ways).await?;
         let work = self.verify(ways);
         progress.step("the proxies' counts against their clients'", STEP_LIMIT, work).await
     }
 
-    async fn start(&self) -> Result<(Server, Vec<Way>)> {
+    /// Also why the kernel's engine is not shown, if it is not.
+    async fn start(&self) -> Result<(Server, Vec<Way>, Option<String>)> {
         let server = self.start_server().await.context("the API server's stand-in")?;
         let to = Target::new(server.address, &server.ca)?;
-        let mut ways = vec![Way { to, row: Row::new("direct")?, relay: None }];
-        for (index, engine) in (0..).zip(ENGINES) {
+        let mut ways = vec![Way { to, row: Row::new("direct")?, relay: None, work: None }];
+        let mut why_not = None;
+        for (index, (engine, flag)) in (0..).zip(self.engines()) {
             let listen = self.plan.listen(index);
-            let relay = Relay::start(&self.proxy, &self.node, listen, server.address, engine);
-            let relay = relay.await.context(engine)?;
+            let relay = Relay::start(&self.proxy, &self.node, listen, server.address, flag);
+            let mut relay = relay.await.context(engine)?;
+            if engine == KERNEL
+                && let Err(reason) = relay.await_kernel().await
+            {
+                why_not = Some(reason);
+                continue;
+            }
             let address = SocketAddr::new(self.plan.node, relay.listening.port());
             let to = Target::new(address, &server.ca)?;
             let relay = Some((relay, Counts::default()));
-            ways.push(Way { to, row: Row::new(engine)?, relay });
+            ways.push(Way { to, row: Row::new(engine)?, relay, work: None });
         }
-        Ok((server, ways))
+        if !self.may_show_kernel() {
+            why_not = Some("over loopback nothing passes its programs".to_owned());
+        }
+        Ok((server, ways, why_not))
+    }
+
+    /// This machine's own network is left alone.
+    fn may_show_kernel(&self) -> bool {
+        !self.plan.node.is_loopback()
+    }
+
+    /// Names, and values of `--engine`.
+    fn engines(&self) -> Vec<(&'static str, &'static str)> {
+        let kernel = self.may_show_kernel().then_some((KERNEL, "auto"));
+        kernel.into_iter().chain(ENGINES.map(|engine| (engine, engine))).collect()
+    }
+
+    /// What the proxy says of connections that the kernel relays, and what they cost it. Answers that,
+    /// line by line.
+    async fn show_kernel(&self, ways: &[Way]) -> Result<Vec<String>> {
+        let Some(way) = ways.iter().find(|way| way.row.way == KERNEL) else { return Ok(vec![]) };
+        let Some((relay, _)) = &way.relay else { return Ok(vec![]) };
+        let (connections, time) = SHOWN;
+        let look = async {
+            sleep(SWITCHED).await;
+            let before = relay.cpu()?;
+            sleep(WATCHED).await;
+            let used = relay.cpu()?.saturating_sub(before);
+            Ok((used, relay.list(&self.proxy, &self.node).await?))
+        };
+        let load = load::keep_alive(&way.to, connections, time);
+        let (times, (used, list)) = tokio::try_join!(load, look)?;
+        ensure!(list.contains(KERNEL), "none of these is relayed by the kernel:\n{list}");
+        let mut lines = vec![format!(
+            "demo: {connections} connections with {:.0} requests/s: the proxy used {} ms of CPU in \
+             {} ms, and this is what `steward-tcp-proxy connections list` said meanwhile:",
+            times.per_second(),
+            used.as_millis(),
+            WATCHED.as_millis()
+        )];
+        lines.extend(list.lines().map(|line| format!("  {line}")));
+        Ok(lines)
     }
 
     async fn start_server(&self) -> Result<Server> {
@@ -194,7 +275,10 @@ impl Show {
             way.row.moved = way.to.meter.read();
             if let Some((relay, before)) = &way.relay {
                 let compared = relay.verify(&self.node, *before, way.row.moved);
-                compared.await.context(way.row.way)?;
+                let after = compared.await.context(way.row.way)?;
+                let (in_kernel, cpu) = after.since(*before);
+                let connections = way.row.moved.connections;
+                way.work = Some(Work { connections, in_kernel, cpu });
             }
         }
         Ok(())
@@ -291,9 +375,26 @@ async fn drain(relay: Relay, to: &Target) -> Result<()> {
     relay.ended().await
 }
 
-fn tell(rows: &[Row]) {
+fn tell(rows: &[Row], works: &[(&str, Option<Work>)]) {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     println!("\n{}\n", table::render(rows));
+    for (way, work) in works {
+        let Some(Work { connections, in_kernel, cpu }) = work else { continue };
+        let cpu = cpu.as_secs_f64();
+        let kernel = if *way == KERNEL {
+            format!("; the kernel relayed {in_kernel} of its {connections} connections")
+        } else {
+            String::new()
+        };
+        println!("{way}: the proxy used {cpu:.2} s of CPU{kernel}");
+    }
+    if works.iter().any(|(way, _)| *way == KERNEL) {
+        println!(
+            "\npacket is --engine=auto: connections that live for 20 ms are handed to the kernel, and\n\
+             cost the proxy nothing from then on; shorter ones (new) are splice's."
+        );
+    }
+    println!();
     println!(
         "reqs: on {} open connections; new: {} clients, a TLS connection per request; down, up:\n\
          {} connections; watch: from sending an event to its arrival. Clients, proxy and server\n\
