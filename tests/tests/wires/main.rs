@@ -92,6 +92,7 @@ contract! {
     {
         urgent::an_urgent_byte_behind_queued_bulk,
         endings::a_connection_lives_until_its_last_byte_has_left,
+        endings::the_second_end_waits_for_no_reader_of_the_first,
         killed::while_idle,
         killed::in_the_middle_of_transfers,
         killed::after_one_direction_ended,
