@@ -141,10 +141,16 @@ pub fn lock(directory: &Path) -> io::Result<Option<File>> {
     }
 }
 
+/// Name of the guard's link, and of one that is about to take its place.
+pub const GUARD: &str = "guard";
+/// See [`GUARD`].
+pub const NEW_GUARD: &str = "guard-new";
+
 /// Whether the programs of the network namespace may be an earlier process's of this directory.
 #[must_use]
 pub fn has_guard(directory: &Path) -> bool {
-    directory.join("guard").exists()
+    // The second one is on its way to the first's place: a process may have ended in between.
+    [GUARD, NEW_GUARD].iter().any(|name| directory.join(name).exists())
 }
 
 /// The network namespace that the calling thread is in; a lock on it is one for all its processes.
