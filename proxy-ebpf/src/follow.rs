@@ -4,7 +4,7 @@
 //! from one that is over. So a number is believed only if it lies where the two ends are.
 
 use aya_ebpf::helpers::bpf_ktime_get_ns;
-use proxy_common::{EVENT_CLOSED, EVENT_RESET, Half, MARK_FIN, MARK_FIRST, flags};
+use proxy_common::{CLOCK_READY, EVENT_CLOSED, EVENT_RESET, Half, MARK_FIN, MARK_FIRST, flags};
 
 use crate::headers::{Segment, TCP_HEADER, is_before};
 
@@ -40,6 +40,9 @@ pub fn follow(segment: &Segment, half: &mut Half, other: &mut Half) -> u8 {
         || is_before(segment.acknowledgement, half.acked.wrapping_sub(window))
     {
         return 0;
+    }
+    if half.ts_fixed == 0 {
+        half.ts_fixed = CLOCK_READY;
     }
     if half.reset != 0 {
         // It went on.
