@@ -10,7 +10,7 @@ use crate::headers::{Segment, TCP_HEADER, is_before};
 
 /// A segment cannot lie further ahead than the receiver's window, which may have been larger a
 /// moment ago.
-const SLACK: u32 = 256 * 1024;
+pub const SLACK: u32 = 256 * 1024;
 
 /// Remembers what the segment tells of the connection; returns the event it amounts to, or 0.
 #[inline(never)]

@@ -472,7 +472,8 @@ impl Relay<'_> {
         let interval = idle_timeout.map_or(LOOK_INTERVAL, |idle| LOOK_INTERVAL.min(idle / 8));
         let mut seen = self.moved();
         let mut quiet_since = Instant::now();
-        let mut lifted = [false; 2];
+        // An earlier run may have ended with either lifted.
+        let mut lifted = [self.is_resumed; 2];
         loop {
             tokio::time::sleep(interval).await;
             let mut busy = self.moved() != seen;
