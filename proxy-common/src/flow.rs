@@ -36,6 +36,11 @@ pub const MARK_FIRST: u8 = 1 << 3;
 /// stack's.
 pub const MARK_LEFT: u8 = 1 << 4;
 
+/// [`Half::ts_fixed`]: the end's clock is known.
+pub const CLOCK_FIXED: u8 = 1;
+/// [`Half::ts_fixed`]: a segment has come whose numbers only the end itself can know.
+pub const CLOCK_READY: u8 = 2;
+
 /// Where a tuple leads: value of the map of flows.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -127,7 +132,7 @@ pub struct Half {
     pub fin: u32,
     /// The last window that it announced, unscaled. (Program.)
     pub window: u16,
-    /// Not 0: [`Self::ts_add`] is final. (Program.)
+    /// [`CLOCK_FIXED`]: [`Self::ts_add`] is final. [`CLOCK_READY`]: the next segment may fix it. (Program.)
     pub ts_fixed: u8,
     /// Not 0: its FIN came to our socket, during the switch; [`Self::fin`] holds. (Loader.)
     pub early_fin: u8,

@@ -49,7 +49,8 @@ impl TcpOptions {
     /// Bit of [`Self::present`]: authentication (MD5, AO) or MPTCP, which tie segments to one
     /// connection.
     pub const FOREIGN: u8 = 1 << 6;
-    /// Bit of [`Self::present`]: an option's length was impossible; what follows it is unknown.
+    /// Bit of [`Self::present`]: an option's length was impossible, and what follows it is unknown; or
+    /// there are options in the IP header as well.
     pub const MALFORMED: u8 = 1 << 7;
 
     /// Whether all of `bits` are set in [`Self::present`].

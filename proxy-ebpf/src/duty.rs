@@ -12,6 +12,7 @@ use aya_ebpf::helpers::{
 use proxy_common::{FlowRef, HOOK_INGRESS, Half, OptionsBuffer, Tuple, flags};
 
 use crate::flows::{find, is_live};
+use crate::follow::SLACK;
 use crate::headers::{self, IPV6_HEADER, JUMBO_HEADER, Segment, TCP_HEADER, is_before, word_of};
 use crate::options::{find_options, put, word};
 use crate::patch::{LINK, adjust, difference, fold, store};
@@ -64,9 +65,15 @@ pub fn speak_for(skb: *mut __sk_buff, segment: &Segment) -> u8 {
     adjust(skb, segment.tcp, difference(&old, &new), 0)
 }
 
-/// Sends a copy of an acknowledgement the way that it came, for our own socket.
+/// Sends a copy of an acknowledgement the way that it came, for our own socket. Not of one for bytes
+/// that the other end has not sent: our socket could not tell that it was forged, since the copy's
+/// own numbers always fit.
 #[inline(always)]
-pub fn copy(skb: *mut __sk_buff, segment: &Segment) {
+pub fn copy(skb: *mut __sk_buff, segment: &Segment, other: &Half) {
+    let acknowledged = segment.acknowledgement.wrapping_sub(other.seq_add);
+    if is_before(other.sent.wrapping_add(SLACK), acknowledged) {
+        return;
+    }
     // A large packet's copy could not be made a small one: its headers say that it is large.
     if segment.flags & (flags::SYN | flags::RST | flags::ACK) != flags::ACK
         || segment.tcp == JUMBO_HEADER as u32

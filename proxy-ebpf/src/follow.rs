@@ -4,13 +4,13 @@
 //! from one that is over. So a number is believed only if it lies where the two ends are.
 
 use aya_ebpf::helpers::bpf_ktime_get_ns;
-use proxy_common::{EVENT_CLOSED, EVENT_RESET, Half, MARK_FIN, MARK_FIRST, flags};
+use proxy_common::{CLOCK_READY, EVENT_CLOSED, EVENT_RESET, Half, MARK_FIN, MARK_FIRST, flags};
 
 use crate::headers::{Segment, TCP_HEADER, is_before};
 
 /// A segment cannot lie further ahead than the receiver's window, which may have been larger a
 /// moment ago.
-const SLACK: u32 = 256 * 1024;
+pub const SLACK: u32 = 256 * 1024;
 
 /// Remembers what the segment tells of the connection; returns the event it amounts to, or 0.
 #[inline(never)]
@@ -42,6 +42,9 @@ pub fn follow(segment: &Segment, half: &mut Half, other: &mut Half) -> u8 {
     // Not before: who knows no numbers must not keep what is long gone.
     // SAFETY: no preconditions.
     half.seen_ns = unsafe { bpf_ktime_get_ns() };
+    if half.ts_fixed == 0 {
+        half.ts_fixed = CLOCK_READY;
+    }
     if half.reset != 0 {
         // It went on.
         half.reset = 0;

@@ -71,7 +71,7 @@ pub fn forward(skb: *mut __sk_buff, segment: &Segment, slot: u32, tag: u32) -> i
         return TC_ACT_UNSPEC;
     }
     if half.duty != 0 {
-        duty::copy(skb, segment);
+        duty::copy(skb, segment, other);
     }
     let news = follow(segment, half, other);
     if news != 0 {

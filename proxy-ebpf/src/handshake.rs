@@ -13,7 +13,7 @@ use proxy_common::{
     SEEN_SYN_ACK, STEP_ACK, STEP_SYN, STEP_SYN_ACK, Seen, TcpOptions, Tuple, WATCH_LOCAL, flags,
 };
 
-use crate::headers::{self, Segment, TCP_HEADER};
+use crate::headers::{self, IPV4_HEADER, Segment, TCP_HEADER};
 use crate::{HANDSHAKES, PENDING, REPORT, SCRATCH, SEEN, WATCHED};
 
 const SYN_ACK: u16 = flags::SYN | flags::ACK;
@@ -129,6 +129,11 @@ fn open(skb: *mut __sk_buff, segment: &Segment, hook: u8) -> Option<Opening> {
     // SAFETY: a plain read through a reference.
     let length = unsafe { core::ptr::read_volatile(&raw const scratch.length) };
     scratch.options.parse_in_place(&scratch.old, length);
+    // Options of the IP header (security labels, say) would be on each segment, and rewriting knows
+    // none.
+    if segment.family == 4 && segment.tcp != IPV4_HEADER as u32 {
+        scratch.options.present |= TcpOptions::MALFORMED;
+    }
     Some(Opening {
         sequence: segment.sequence,
         options: scratch.options,

@@ -5,7 +5,7 @@
 
 use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::{bpf_csum_diff, bpf_ktime_get_ns};
-use proxy_common::{HOOK_INGRESS, Half, OptionsBuffer};
+use proxy_common::{CLOCK_FIXED, CLOCK_READY, HOOK_INGRESS, Half, OptionsBuffer};
 
 use crate::headers::{self, Segment, TCP_HEADER};
 use crate::patch::{LINK, adjust, store};
@@ -121,17 +121,23 @@ fn translate_timestamps(scratch: &mut Scratch, half: &mut Half, other: &Half, at
 /// Value and echo as the other end must see them.
 #[inline(always)]
 pub fn timestamps(half: &mut Half, other: &Half, value: u32, echo: u32) -> (u32, u32) {
-    if half.ts_fixed == 0 {
+    let mut add = half.ts_add;
+    if half.ts_fixed != CLOCK_FIXED {
         // From here on its clock continues ours, as the other end knows it. Two CPUs that get here
         // at once differ by a tick, which is allowed (RFC 7323 leaves one; so does Linux).
         // SAFETY: no preconditions.
         let now = unsafe { bpf_ktime_get_ns() } / 1_000_000;
-        half.ts_add = (now as u32).wrapping_add(other.ts_clock).wrapping_sub(value);
-        half.ts_fixed = 1;
+        add = (now as u32).wrapping_add(other.ts_clock).wrapping_sub(value);
+        // Not by what somebody else sends in its name: all that it says later would be too old.
+        if half.ts_fixed == CLOCK_READY {
+            half.ts_add = add;
+            half.ts_fixed = CLOCK_FIXED;
+        }
     }
     // Before the other end's clock is known there is nothing to echo; zero is no time for anybody.
-    let echoed = if other.ts_fixed == 0 || echo == 0 { 0 } else { echo.wrapping_sub(other.ts_add) };
-    (value.wrapping_add(half.ts_add), echoed)
+    let is_known = other.ts_fixed == CLOCK_FIXED;
+    let echoed = if !is_known || echo == 0 { 0 } else { echo.wrapping_sub(other.ts_add) };
+    (value.wrapping_add(add), echoed)
 }
 
 #[inline(never)]

@@ -510,10 +510,20 @@ impl Packet {
     }
 
     /// The connection is over: its tuples and its slot are free for others, once no program can
-    /// be at work on them any more.
-    fn release(self: &Arc<Self>, slot: Slot) {
-        let guard = lock(&self.guards).remove(&slot.index);
-        self.table.unlink(slot, guard);
+    /// be at work on them any more. False if somebody else has seen to that: a slot that was given
+    /// back twice would be two connections'.
+    fn release(self: &Arc<Self>, slot: Slot) -> bool {
+        let guard = lock(&self.guards).get(&slot.index).copied();
+        let is_first = self.table.unlink(slot, guard);
+        if is_first {
+            lock(&self.guards).remove(&slot.index);
+            self.recycle(slot);
+        }
+        is_first
+    }
+
+    /// Has a slot that leads nowhere any more used again, in due time.
+    fn recycle(self: &Arc<Self>, slot: Slot) {
         // Without it the slot is left to the successor, who finds it unlinked.
         let Some(turn) = self.turn() else { return };
         let packet = Arc::clone(self);
@@ -527,9 +537,10 @@ impl Packet {
 
     /// Ends a settled connection's bookkeeping.
     fn retire(self: &Arc<Self>, slot: Slot, record: &Record) {
-        self.release(slot);
-        self.ports.give_back(record.halves[SERVER].local.port);
-        self.tracking.untrack(tracked(record));
+        if self.release(slot) {
+            self.ports.give_back(record.halves[SERVER].local.port);
+            self.tracking.untrack(tracked(record));
+        }
     }
 
     /// RST to both ends, with the numbers that they expect. Where an end has moved on meanwhile, it

@@ -110,6 +110,28 @@ impl Peer {
         })
     }
 
+    /// Connects to `to` with these options in the IPv4 header of each packet.
+    ///
+    /// # Panics
+    /// No connection within [`bound`].
+    #[track_caller]
+    #[must_use]
+    pub fn connect_with_ip_options(to: SocketAddr, options: &[u8]) -> Self {
+        Self::connect_prepared(to, |socket| {
+            // SAFETY: pointer and length describe the slice, which the kernel copies.
+            let status = unsafe {
+                libc::setsockopt(
+                    std::os::fd::AsRawFd::as_raw_fd(socket),
+                    libc::IPPROTO_IP,
+                    libc::IP_OPTIONS,
+                    options.as_ptr().cast(),
+                    libc::socklen_t::try_from(options.len()).unwrap_or(0),
+                )
+            };
+            if status == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+        })
+    }
+
     #[track_caller]
     fn connect_prepared(
         to: SocketAddr,

@@ -13,7 +13,7 @@ use proxy_common::{Endpoint, Event, HOOK_EGRESS, HOOK_INGRESS, Seen, Tuple, name
 use tokio::io::unix::AsyncFd;
 
 use super::table::Table;
-use super::tcp;
+use super::{pins, tcp};
 
 /// The programs, as proxy/build.rs made them.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/steward-ebpf"));
@@ -224,9 +224,9 @@ impl Guard {
         let link = match pins {
             // Unpinned, it is detached with its program.
             None => None,
-            Some(pins) => {
+            Some(directory) => {
                 let link: FdLink = program.take_link(link)?.into();
-                let (path, new) = (pins.join("guard"), pins.join("guard-new"));
+                let (path, new) = (directory.join(pins::GUARD), directory.join(pins::NEW_GUARD));
                 let _ = std::fs::remove_file(&new);
                 let pinned = link.pin(&new)?;
                 // Over the previous process's: its program is attached until ours is.

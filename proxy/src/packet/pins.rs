@@ -202,7 +202,7 @@ pub fn lock(directory: &Path) -> io::Result<Option<File>> {
 /// Whether a guard is at work that no process runs and that is not of these pins: then there may be
 /// connections of which only other pins know.
 fn is_foreign(ours: Option<&Path>) -> io::Result<bool> {
-    Ok(!ours.is_some_and(|directory| directory.join("guard").exists()) && attach::is_guarded()?)
+    Ok(!ours.is_some_and(has_guard) && attach::is_guarded()?)
 }
 
 /// Makes sure that no pins but `ours` (those of this process) relay in this network namespace. To be
@@ -216,6 +216,18 @@ pub fn refuse_foreign(ours: Option<&Path>) -> anyhow::Result<()> {
         Some(()) => Ok(()),
         None => Err(Failure::Foreign { ours: ours.map(Path::to_owned) }.into()),
     }
+}
+
+/// Name of the guard's link, and of one that is about to take its place.
+pub const GUARD: &str = "guard";
+/// See [`GUARD`].
+pub const NEW_GUARD: &str = "guard-new";
+
+/// Whether the programs of the network namespace may be an earlier process's of this directory.
+#[must_use]
+pub fn has_guard(directory: &Path) -> bool {
+    // The second one is on its way to the first's place: a process may have ended in between.
+    [GUARD, NEW_GUARD].iter().any(|name| directory.join(name).exists())
 }
 
 /// The network namespace that the calling thread is in; a lock on it is one for all its processes.

@@ -383,7 +383,7 @@ impl Attempt<'_> {
             Ok(slot) => slot,
             Err(Unprepared::Full) => return Err(Ineligible::Full),
             Err(Unprepared::Refused(slot)) => {
-                self.packet.release(slot);
+                self.packet.recycle(slot);
                 return Err(Ineligible::Refused);
             }
         };

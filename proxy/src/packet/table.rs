@@ -154,28 +154,28 @@ impl Table {
     /// The connection is over: its segments are nobody's from here on. The slot can be used again
     /// after [`Self::reuse`].
     ///
-    /// Whether it was findable, so not unlinked before.
+    /// Whether it was findable, so not unlinked before: of several who end a connection at once, this
+    /// is true for one.
     pub fn unlink(&self, slot: Slot, guard: Option<Tuple>) -> bool {
+        let mut flows = self.flows();
         let mut was_linked = false;
-        let record = self.read(slot);
-        self.set_phase(slot, PHASE_PREPARED);
+        let Some(record) = self.read(slot) else { return false };
+        if record.phase != PHASE_PREPARED {
+            self.set_phase(slot, PHASE_PREPARED);
+        }
         // Only our own: after a failed insertion the tuple may be somebody else's.
         let is_ours = |flow: FlowRef| flow.slot == slot.index && flow.is_of(slot.generation);
-        let mut flows = self.flows();
-        let client = record.iter().map(|record| tuple(&record.halves[CLIENT]));
-        for tuple in client.chain(guard) {
+        for tuple in [tuple(&record.halves[CLIENT])].into_iter().chain(guard) {
             if flows.get(&tuple, 0).is_ok_and(is_ours) {
                 let _ = flows.remove(&tuple);
                 was_linked = true;
             }
         }
-        if let Some(record) = &record {
-            let mut ports = self.own_ports();
-            let leads_here = |flow: FlowRef| flow.tag != 0 && is_ours(flow);
-            if ports.get(&port(record), 0).is_ok_and(leads_here) {
-                let _ = ports.set(port(record), FlowRef::default(), 0);
-                was_linked = true;
-            }
+        let mut ports = self.own_ports();
+        let leads_here = |flow: FlowRef| flow.tag != 0 && is_ours(flow);
+        if ports.get(&port(&record), 0).is_ok_and(leads_here) {
+            let _ = ports.set(port(&record), FlowRef::default(), 0);
+            was_linked = true;
         }
         was_linked
     }

@@ -186,8 +186,12 @@ impl Relay<'_> {
     fn to_the_end(&self) -> impl Future<Output = Result<(), Reason>> {
         async move {
             self.both().await?;
+            let is_late = self.client.holds_unsent() || self.server.holds_unsent();
+            if is_late {
+                self.pass_on_the_second_end()?;
+            }
             for side in [Side::Client, Side::Server] {
-                if self.socket(side).holds_unsent() {
+                if is_late {
                     Box::pin(self.unless_fails(side, self.sent_to(side))).await?;
                 }
                 self.socket(side).let_close_orderly();
@@ -368,7 +372,7 @@ impl Relay<'_> {
     }
 
     /// The stream of `from` has ended: so does the other socket's, after all that was written. The
-    /// second end is passed on by closing that socket, which both are about to be.
+    /// second end is passed on by closing that socket, which both are about to be unless bytes wait.
     fn pass_on_the_end(&self, from: Side) -> Result<(), Reason> {
         if self.first_to_end.get().is_some() {
             return Ok(());
@@ -381,6 +385,13 @@ impl Relay<'_> {
         }
         self.first_to_end.get_or_init(|| from);
         Ok(())
+    }
+
+    /// Without closing: no end waits for a reader that stalls, least of all one of the other
+    /// direction, nor longer than for the bytes before it.
+    fn pass_on_the_second_end(&self) -> Result<(), Reason> {
+        let Some(first) = self.first_to_end.get().copied() else { return Ok(()) };
+        self.socket(first).shutdown_write().map_err(|error| fault(first, &error))
     }
 
     /// Ends when there is something to read, an error included.
@@ -461,7 +472,8 @@ impl Relay<'_> {
         let interval = idle_timeout.map_or(LOOK_INTERVAL, |idle| LOOK_INTERVAL.min(idle / 8));
         let mut seen = self.moved();
         let mut quiet_since = Instant::now();
-        let mut lifted = [false; 2];
+        // An earlier run may have ended with either lifted.
+        let mut lifted = [self.is_resumed; 2];
         loop {
             tokio::time::sleep(interval).await;
             let mut busy = self.moved() != seen;

@@ -92,6 +92,30 @@ fn lives_until_its_last_byte_has_left(at: &Setting, side: Side) -> bool {
     waits
 }
 
+/// Each end is known to the other at once, whoever reads how much of the other direction.
+pub fn the_second_end_waits_for_no_reader_of_the_first(at: &Setting) {
+    // More than the reader's buffer takes, less than what may wait in the proxy.
+    const LEN: u64 = 200_000;
+    for side in Side::BOTH {
+        let (proxy, writer, reader) = at.relayed().seen_from(side);
+        reader.shrink_buffers();
+        writer.send_stream(1, LEN);
+        writer.finish();
+        let direction = if side == Side::Client { "up" } else { "down" };
+        if at.engine != "packet" {
+            proxy.await_metric("bytes_total", &[("direction", direction)], LEN as f64);
+        }
+        // By then the proxy knows of the writer's end.
+        reader.send(b"meanwhile");
+        writer.receive(b"meanwhile");
+        reader.finish();
+        writer.expect_eof();
+        reader.receive_stream(1, LEN);
+        reader.expect_eof();
+        assert!(proxy.ended().reason.ends_with("_closed"));
+    }
+}
+
 pub fn both_directions_end_at_once_with_bytes_under_way(at: &Setting) {
     let (proxy, upstream) = at.start();
     const LEN: u64 = 300_000;

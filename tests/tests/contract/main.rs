@@ -42,6 +42,7 @@ contract! {
         endings::half_close_from_server_keeps_the_other_direction,
         endings::an_end_waits_for_all_bytes_before_a_slow_reader,
         endings::a_connection_lives_until_its_last_byte_has_left,
+        endings::the_second_end_waits_for_no_reader_of_the_first,
         endings::both_directions_end_at_once_with_bytes_under_way,
         endings::a_connection_without_bytes_ends_cleanly,
         endings::a_client_gone_before_the_server_accepts,

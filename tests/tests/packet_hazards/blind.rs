@@ -24,7 +24,7 @@ const KINDS: [(u8, usize); 9] = [
 /// Of each kind, from each host, in each end's name.
 const EACH: u32 = 40;
 
-both_families!(random_numbers_do_no_harm, while_bytes_flow);
+both_families!(random_numbers_do_no_harm, while_bytes_flow, random_clocks_before_any_byte);
 
 fn random_numbers_do_no_harm(family: Family) {
     let ground = Ground::new(family);
@@ -53,6 +53,31 @@ fn while_bytes_flow(family: Family) {
         }
     });
     unharmed(&ground, connection, traffic, &before);
+}
+
+/// An end's clock is not known before its first segment, and nobody else's is taken for it.
+fn random_clocks_before_any_byte(family: Family) {
+    let ground = Ground::new(family);
+    let mut dice = Dice::new(5);
+    // Every other clock would do no harm.
+    for _ in 0..6 {
+        let connection = ground.switched();
+        let row = &ground.row;
+        for (host, [from, to]) in [(&row.client, connection.front), (&row.server, connection.back)]
+        {
+            for flags in [ACK, PSH | ACK, RST, RST | ACK] {
+                let (seq, ack) = (dice.roll() as u32, dice.roll() as u32);
+                let mut segment = Segment::new(from, to, flags).numbers(seq, ack);
+                segment.options = vec![1, 1, 8, 10];
+                segment.options.extend((dice.roll() as u32).to_be_bytes());
+                segment.options.extend((dice.roll() as u32).to_be_bytes());
+                segment.payload(&[0x55; 10]).send_from(host);
+            }
+        }
+        Traffic::new().pass(&connection, 10_000);
+        connection.close();
+        ground.proxy.await_metric("connections_relaying", &[("engine", "packet")], 0.0);
+    }
 }
 
 fn only_row(ground: &Ground) -> serde_json::Value {

@@ -7,6 +7,7 @@
 mod blind;
 mod busy;
 mod ends;
+mod extras;
 mod ground;
 mod killed;
 mod neighbours;

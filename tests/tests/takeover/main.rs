@@ -43,6 +43,7 @@ takeover! {
         lives::the_next_process_kills_them,
         lives::an_end_that_does_not_read_and_sigterm,
         moments::at_random,
+        moments::while_it_starts,
         unpinned::a_warning_and_resets_when_killed,
         unpinned::sigterm_waits_for_their_end,
         unpinned::the_deadline_and_a_second_signal_reset_them,

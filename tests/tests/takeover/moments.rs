@@ -16,6 +16,15 @@ const PAIRS: u64 = 8;
 /// Bytes each way of the largest stream.
 const MOST: usize = 40_000_000;
 
+/// With its programs attached, but not all pins in their places.
+pub fn while_it_starts(at: &Ground) {
+    at.launch().start().kill9();
+    let move_back = format!("cd {}/*/* && mv guard guard-new", at.bpffs().display());
+    at.row.node.output("sh", &["-c", &move_back]);
+    let proxy = at.launch().start();
+    at.switched(&proxy, 1)[0].talk();
+}
+
 pub fn at_random(at: &Ground) {
     let seed = std::env::var("TAKEOVER_SEED").ok().and_then(|seed| seed.parse().ok());
     let seed = seed.unwrap_or_else(|| u64::from(std::process::id()));
