@@ -10,7 +10,7 @@ use tokio::sync::Semaphore;
 use tracing::warn;
 
 use crate::drain::Watcher;
-use crate::session::{self, Place, Shared};
+use crate::session::{self, Shared};
 use crate::socket::Socket;
 use crate::workers::Seat;
 
@@ -107,10 +107,8 @@ impl Acceptor {
             session::refused(&self.shared.metrics, address);
             return Ok(());
         };
-        let shared = Arc::clone(&self.shared);
-        self.seat.spawn(|worker| {
-            self.drain.track(session::serve(shared, fd, address, Place { permit, worker }))
-        });
+        let session = session::serve(Arc::clone(&self.shared), fd, address, permit);
+        self.seat.spawn(self.drain.track(session));
         Ok(())
     }
 }

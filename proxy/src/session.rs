@@ -17,7 +17,6 @@ use crate::packet::switch::{self, Attempt};
 use crate::relay::{self, Counters, End, Engine, Limits, Moment, Moved, Outcome, Wish};
 use crate::socket::{self, Downstream, Socket};
 use crate::upstream::{DialError, Upstream};
-use crate::workers;
 
 /// What all sessions share.
 #[derive(Debug)]
@@ -36,29 +35,12 @@ pub struct Shared {
     pub metrics: Arc<Metrics>,
 }
 
-/// What a session takes up.
-#[derive(Debug)]
-pub struct Place {
-    /// Under `--max-connections`; switched connections keep it.
-    pub permit: OwnedSemaphorePermit,
-    /// Among those of its worker.
-    pub worker: workers::Place,
-}
-
-impl Place {
-    /// The connection goes on without its session. (Takes the whole, so that a session holds all of
-    /// it to its end.)
-    fn keep(self) {
-        self.permit.forget();
-    }
-}
-
-/// Serves one client to the end.
+/// Serves one client to the end. The permit is its place under `--max-connections`.
 pub fn serve(
     shared: Arc<Shared>,
     client: OwnedFd,
     address: SocketAddr,
-    place: Place,
+    permit: OwnedSemaphorePermit,
 ) -> impl Future<Output = ()> + Send {
     let mut record = Record::open(Arc::clone(&shared.metrics), address);
     async move {
@@ -93,7 +75,7 @@ pub fn serve(
                     debug!(client = %record.client, after = ?record.accepted.elapsed(), "switched");
                     // The port stays taken until the connection ends.
                     server.1.map(|port| port.keep());
-                    place.keep();
+                    permit.forget();
                     return record.handed_over();
                 }
                 switch::Outcome::Stays(reason, moved) => {

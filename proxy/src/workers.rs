@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
-use tokio::runtime::{Builder, Handle, Runtime};
+use tokio::runtime::{Builder, Handle, Runtime, RuntimeMetrics};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -30,8 +30,8 @@ pub struct Workers {
 #[derive(Debug)]
 struct Worker {
     runtime: Handle,
-    /// Connections that live there.
-    load: Arc<AtomicUsize>,
+    /// Knows how many tasks live there: one for each connection, and few others.
+    metrics: RuntimeMetrics,
 }
 
 /// One worker's view: whoever accepts there decides where a connection lives.
@@ -43,9 +43,12 @@ pub struct Seat {
     last: AtomicUsize,
 }
 
-/// A place on a worker, until it is dropped.
-#[derive(Debug)]
-pub struct Place(Arc<AtomicUsize>);
+impl Worker {
+    fn new(runtime: Handle) -> Self {
+        let metrics = runtime.metrics();
+        Self { runtime, metrics }
+    }
+}
 
 impl Workers {
     /// Starts as many as the process may use cores.
@@ -61,7 +64,7 @@ impl Workers {
         let (mut all, mut threads) = (Vec::new(), Vec::new());
         for _ in 0..count {
             let runtime = Builder::new_current_thread().enable_all().build()?;
-            all.push(Worker { runtime: runtime.handle().clone(), load: Arc::default() });
+            all.push(Worker::new(runtime.handle().clone()));
             threads.push(start_thread(runtime, stop.clone())?);
         }
         Ok(Self { all: all.into(), stop, threads })
@@ -108,24 +111,19 @@ impl Seat {
     /// Where there is but the present runtime.
     #[must_use]
     pub fn alone() -> Self {
-        let worker = Worker { runtime: Handle::current(), load: Arc::default() };
+        let worker = Worker::new(Handle::current());
         Self { all: Arc::new([worker]), own: 0, last: AtomicUsize::new(0) }
     }
 
-    /// Spawns what `session` makes of its place: here, unless another worker has clearly less to do.
-    pub fn spawn<F>(&self, session: impl FnOnce(Place) -> F)
-    where
-        F: Future<Output = ()> + Send + 'static,
-    {
-        let worker = &self.all[self.choose()];
-        worker.load.fetch_add(1, Ordering::Relaxed);
-        worker.runtime.spawn(session(Place(Arc::clone(&worker.load))));
+    /// Spawns `session`: here, unless another worker has clearly less to do.
+    pub fn spawn(&self, session: impl Future<Output = ()> + Send + 'static) {
+        self.all[self.choose()].runtime.spawn(session);
     }
 
     /// Compares with one other worker, the next one each time: to look at all of them would cost
     /// the more the more there are.
     fn choose(&self) -> usize {
-        let load = |index: usize| self.all[index].load.load(Ordering::Relaxed);
+        let load = |index: usize| self.all[index].metrics.num_alive_tasks();
         let mut other = (self.last.load(Ordering::Relaxed) + 1) % self.all.len();
         if other == self.own {
             other = (other + 1) % self.all.len();
@@ -133,12 +131,6 @@ impl Seat {
         self.last.store(other, Ordering::Relaxed);
         let theirs = load(other);
         if load(self.own) > theirs + SLACK.max(theirs / 2) { other } else { self.own }
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -152,22 +144,17 @@ mod tests {
     fn who_is_clearly_ahead_hands_over() {
         let workers = Workers::start_some(3).expect("threads");
         let seats = Mutex::new(Vec::new());
-        workers.on_each([(); 3], |seat, ()| {
+        let accepting = workers.on_each([(); 3], |seat, ()| {
             seats.lock().expect("no panic").push(seat);
             async {}
         });
+        while !accepting.iter().all(JoinHandle::is_finished) {
+            thread::yield_now();
+        }
         let seats = seats.into_inner().expect("no panic");
-        let places = Arc::new(Mutex::new(Vec::new()));
-        let add = |count: usize| {
-            for _ in 0..count {
-                seats[1].spawn(|place| {
-                    places.lock().expect("no panic").push(place);
-                    async {}
-                });
-            }
-        };
+        let add = |count: usize| (0..count).for_each(|_| seats[1].spawn(std::future::pending()));
         let loads = || {
-            let load = |worker: &Worker| worker.load.load(Ordering::Relaxed);
+            let load = |worker: &Worker| worker.metrics.num_alive_tasks();
             workers.all.iter().map(load).collect::<Vec<_>>()
         };
         add(3);
@@ -175,10 +162,8 @@ mod tests {
         add(27);
         let all = loads();
         assert_eq!(all.iter().sum::<usize>(), 30);
-        let (least, most) = (all.iter().min(), all.iter().max());
-        assert!(most <= least.map(|least| least + SLACK.max(least / 2) + 1).as_ref(), "{all:?}");
-        drop(places.lock().expect("no panic").drain(..));
-        assert_eq!(loads(), [0, 0, 0]);
+        let least = all.iter().min().copied().unwrap_or_default();
+        assert!(all.iter().all(|load| *load <= least + SLACK.max(least / 2) + 1), "{all:?}");
     }
 
     #[test]
@@ -188,8 +173,8 @@ mod tests {
         workers.on_each([()], |seat, ()| {
             let send = send.clone();
             async move {
-                seat.spawn(|place| async move {
-                    let _ = send.send(place);
+                seat.spawn(async move {
+                    let _ = send.send(());
                 });
             }
         });
