@@ -48,6 +48,10 @@ const TOOLS: &[&str] = &["tc", "ss", "ethtool", "nft", "mount", "unshare"];
 /// What the guest prints after each program, followed by its exit status.
 const STATUS: &str = "xtask-status";
 
+/// What the guest's kernel is told. Left to itself it believes that the emulated processors' counters
+/// differ, and asks an emulated device for the time, for which both processors must stop.
+const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 loglevel=4 tsc=reliable";
+
 /// How much longer than on a real machine anything may take in the guest.
 const PATIENCE: u32 = 6;
 
@@ -325,7 +329,7 @@ fn boot(image: &Path, archive: &Path, programs: &[Program], flags: &Flags) -> Re
         .args(["qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max"])
         .args(["-smp", "2", "-m", &flags.memory.to_string()])
         .args(["-nographic", "-no-reboot", "-nodefaults"])
-        .args(["-serial", "stdio", "-append", "console=ttyS0 quiet panic=-1 loglevel=4"])
+        .args(["-serial", "stdio", "-append", COMMAND_LINE])
         .arg("-kernel")
         .arg(image)
         .arg("-initrd")
