@@ -20,6 +20,7 @@ use proxy::packet::devices::{self, Device, Layer, Unfit};
 use proxy::packet::netlink::{Netlink, Watch};
 use proxy::packet::routes::{self, Hop};
 use proxy_common::names;
+use proxy_tests::facts::has_tcx;
 use proxy_tests::wait::patient;
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
@@ -27,15 +28,6 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/st
 
 /// Both ways of attaching; kernels from 6.6 on have both.
 const METHODS: [Method; 2] = [Method::Best, Method::Clsact];
-
-/// Whether the best way is not a filter. Says so if it is.
-fn has_tcx() -> bool {
-    let has = proxy_tests::facts::kernel() >= (6, 6);
-    if !has {
-        eprintln!("not tested, this kernel lacks it: TCX");
-    }
-    has
-}
 
 /// No device.
 const NONE: [u32; 0] = [];

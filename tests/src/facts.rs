@@ -179,6 +179,20 @@ pub fn kernel() -> (u32, u32) {
     }
 }
 
+/// Whether programs can be on devices by TCX. Says so if they cannot: then they are filters, and
+/// what a test is about TCX it does not show.
+///
+/// # Panics
+/// As [`kernel`] does.
+#[must_use]
+pub fn has_tcx() -> bool {
+    let has = kernel() >= (6, 6);
+    if !has {
+        eprintln!("not tested, this kernel lacks it: TCX");
+    }
+    has
+}
+
 /// MemAvailable of the whole machine, in bytes. Kernel memory that no counter of sockets shows is
 /// missing from it.
 ///

@@ -6,7 +6,7 @@
 //! without), its root file system an archive in memory: busybox, `ip` and other commands, the
 //! programs under test and the libraries and kernel modules that these need.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::fs;
 use std::io::{BufRead as _, BufReader};
@@ -39,13 +39,18 @@ const MODULES: &[&str] = &[
     "nft_chain_nat",
     "nft_nat",
     "nft_ct",
+    "tcp_diag",
 ];
 
 /// Commands beside busybox and `ip`, where this machine has them: suites that need one say so.
-const TOOLS: &[&str] = &["tc", "ethtool", "nft", "mount", "unshare"];
+const TOOLS: &[&str] = &["tc", "ss", "ethtool", "nft", "mount", "unshare"];
 
 /// What the guest prints after each program, followed by its exit status.
 const STATUS: &str = "xtask-status";
+
+/// What the guest's kernel is told. Left to itself it believes that the emulated processors' counters
+/// differ, and asks an emulated device for the time, for which both processors must stop.
+const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 loglevel=4 tsc=reliable";
 
 /// How much longer than on a real machine anything may take in the guest.
 const PATIENCE: u32 = 6;
@@ -139,7 +144,9 @@ impl Program {
             is_it.then(|| message["executable"].as_str().map(PathBuf::from))?
         });
         let path = path.with_context(|| format!("cargo names no program for suite {suite}"))?;
-        let line = format!("suite-{suite} --test-threads={threads} {filter}").trim_end().to_owned();
+        // Also of tests that pass: what they could not try there, they say.
+        let line = format!("suite-{suite} --show-output --test-threads={threads} {filter}");
+        let line = line.trim_end().to_owned();
         Ok(Self { path, line })
     }
 
@@ -305,6 +312,10 @@ struct Outcome {
     /// Tests that passed, failed and were left out.
     counts: [u32; 3],
     failed_tests: Vec<String>,
+    /// The test whose output this is.
+    shown: String,
+    /// What this kernel cannot do, and so which tests said that they tried nothing, or less.
+    untried: BTreeMap<String, BTreeSet<String>>,
     /// Exit status; none if the machine ended before it.
     status: Option<String>,
 }
@@ -318,7 +329,7 @@ fn boot(image: &Path, archive: &Path, programs: &[Program], flags: &Flags) -> Re
         .args(["qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max"])
         .args(["-smp", "2", "-m", &flags.memory.to_string()])
         .args(["-nographic", "-no-reboot", "-nodefaults"])
-        .args(["-serial", "stdio", "-append", "console=ttyS0 quiet panic=-1 loglevel=4"])
+        .args(["-serial", "stdio", "-append", COMMAND_LINE])
         .arg("-kernel")
         .arg(image)
         .arg("-initrd")
@@ -361,6 +372,12 @@ impl Outcome {
             line.strip_prefix("test ").and_then(|rest| rest.strip_suffix(" ... FAILED"))
         {
             self.failed_tests.push(name.to_owned());
+        } else if let Some(name) =
+            line.strip_prefix("---- ").and_then(|rest| rest.strip_suffix(" stdout ----"))
+        {
+            name.clone_into(&mut self.shown);
+        } else if line.starts_with("not tested") {
+            self.untried.entry(line.to_owned()).or_default().insert(self.shown.clone());
         }
     }
 }
@@ -383,6 +400,10 @@ fn summarize(programs: &[Program], outcomes: &[Outcome]) -> Result<()> {
         println!("{:<52} {:>8.1} {passed:>7} {failed:>7}  {word}", program.line, outcome.seconds);
         for test in &outcome.failed_tests {
             println!("    FAILED: {test}");
+        }
+        for (why, tests) in &outcome.untried {
+            let tests: Vec<&str> = tests.iter().map(String::as_str).collect();
+            println!("    {why}: {}", tests.join(", "));
         }
     }
     ensure!(bad.is_empty(), "failed there: {}", bad.join(", "));

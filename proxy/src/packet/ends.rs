@@ -103,7 +103,7 @@ impl Closings {
 
 /// Runs until the process ends.
 pub async fn run(packet: Arc<Packet>, news: News, idle_timeout: Option<Duration>) {
-    let keepalive = packet.keepalive().map(Keepalive::new);
+    let mut keepalive = packet.keepalive().map(Keepalive::new);
     let mut asking = keepalive.as_ref().map(|keepalive| interval(keepalive.interval()));
     let mut idle = idle_timeout.map(Idle::new);
     let mut idling = idle.as_ref().map(|idle| interval(idle.interval()));
@@ -143,7 +143,7 @@ pub async fn run(packet: Arc<Packet>, news: News, idle_timeout: Option<Duration>
             }
             () = tick(&mut asking) => {
                 let Some(_turn) = packet.turn() else { return };
-                if let Some(keepalive) = &keepalive {
+                if let Some(keepalive) = &mut keepalive {
                     keepalive.look(&packet).await;
                 }
             }

@@ -26,14 +26,17 @@ const CHUNK: usize = 256;
 pub struct Keepalive {
     /// How long an end may be silent before it is asked.
     after: Duration,
-    /// An end that nobody asked, because no process was there, is not gone for that.
+    /// An end that nobody asked, because no process was there or it had no turn, is not gone for
+    /// that.
     since_ns: u64,
+    looked_ns: u64,
 }
 
 impl Keepalive {
     /// `after` is how long an end may be silent before it is asked.
     pub fn new(after: Duration) -> Self {
-        Self { after, since_ns: tcp::monotonic_ns() }
+        let now = tcp::monotonic_ns();
+        Self { after, since_ns: now, looked_ns: now }
     }
 
     /// How often to look.
@@ -43,16 +46,22 @@ impl Keepalive {
 
     /// Asks all ends that have been silent for long, and resets connections whose end has not
     /// answered for much longer.
-    pub async fn look(&self, packet: &Arc<Packet>) {
+    pub async fn look(&mut self, packet: &Arc<Packet>) {
+        // One for all: while this goes through them, it may be stopped as well.
+        let now = tcp::monotonic_ns();
+        let lapse = Duration::from_nanos(now.saturating_sub(self.looked_ns));
+        self.looked_ns = now;
+        if lapse >= self.after {
+            self.since_ns = now;
+        }
         for chunk in packet.table().in_use().chunks(CHUNK) {
             for slot in chunk {
                 let record = packet.table().read(*slot);
                 let Some(record) = record.filter(is_living) else { continue };
                 for side in [Side::Client, Side::Server] {
                     let (half, other) = halves(&record, side);
-                    let seen = Duration::from_nanos(
-                        tcp::monotonic_ns().saturating_sub(half.seen_ns.max(self.since_ns)),
-                    );
+                    let seen =
+                        Duration::from_nanos(now.saturating_sub(half.seen_ns.max(self.since_ns)));
                     if seen >= self.after * PATIENCE {
                         packet.kill(*slot, Reason::TimedOut(side).as_label());
                         break;

@@ -61,6 +61,6 @@ fn under_way(family: Family, order: fn(Pair<'_>) -> Pair<'_>) {
         server.expect_eof();
         server.finish();
         client.expect_eof();
-        assert_eq!(ground.proxy.ended().reason, "client_closed");
+        assert_eq!(ground.proxy.ended_of(client.address()).reason, "client_closed");
     }
 }

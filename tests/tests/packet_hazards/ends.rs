@@ -1,11 +1,13 @@
 //! Ends of switched connections reach the other end as they are, and the access log.
 
+use std::time::Duration;
+
 use proxy_tests::forge::{ACK, FIN, PSH, RST, SYN, Segment};
 use proxy_tests::peers::{Ending, both};
 use proxy_tests::row::{Family, Row};
 use proxy_tests::sniff::{Sniffer, Way};
 use proxy_tests::stream::Dice;
-use proxy_tests::wait::until;
+use proxy_tests::wait::{patient, until};
 
 use crate::ground::{Ground, RELAYING, Switched, Traffic, both_families};
 
@@ -17,6 +19,7 @@ both_families!(
     both_at_once,
     idle_connections_are_reset,
     silent_ends_are_asked_and_live,
+    ends_that_nobody_asked_live,
     one_that_vanished_is_found,
     their_bytes_are_counted,
     killed_by_hand,
@@ -231,9 +234,33 @@ fn their_bytes_are_counted(family: Family) {
     assert_eq!(counted(), [traffic.bytes(); 2]);
 }
 
+/// A proxy that asks ends which are silent for so long. On a slow machine their answers take longer.
+fn asking(family: Family) -> (Ground, Duration) {
+    let after = patient(Duration::from_millis(500));
+    let keepalive = format!("{}ms", after.as_millis());
+    (Ground::with(Row::new(), family, &[("packet-keepalive", &keepalive)]), after)
+}
+
+/// The process has no turn for longer than an end may be silent: not the end's fault.
+fn ends_that_nobody_asked_live(family: Family) {
+    let (ground, after) = asking(family);
+    let connection = ground.switched();
+    let mut traffic = Traffic::new();
+    traffic.pass(&connection, 100_000);
+    ground.proxy.pause();
+    let sniffer = Sniffer::start(&ground.row.client, &ground.row.before.device());
+    std::thread::sleep(after * 4);
+    ground.proxy.resume();
+    let first = sniffer.await_segment("a question", |seen| seen.way == Way::In);
+    assert_eq!(first.flags & RST, 0, "{first:?}");
+    traffic.pass(&connection, 100_000);
+    connection.close();
+    assert_eq!(ground.proxy.ended().reason, "client_closed");
+}
+
 /// Nobody says anything but the node, which asks.
 fn silent_ends_are_asked_and_live(family: Family) {
-    let ground = Ground::with(Row::new(), family, &[("packet-keepalive", "500ms")]);
+    let (ground, _) = asking(family);
     let row = &ground.row;
     let connection = ground.switched();
     let ends = [(&row.client, row.before), (&row.server, row.behind)];

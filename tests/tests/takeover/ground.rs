@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use proxy_tests::facts;
 use proxy_tests::peers::Peer;
 use proxy_tests::proxy::{Launch, Proxy, binary};
 use proxy_tests::row::{Family, Row};
@@ -68,6 +69,10 @@ pub const TALK: (u64, u64) = (10, 9);
 impl Ground {
     #[track_caller]
     pub fn new(family: Family, way: Way) -> Self {
+        if way == Way::Tcx {
+            // Where it is not there, the same with filters.
+            let _ = facts::has_tcx();
+        }
         let row = Row::new();
         let folder = tempfile::tempdir().expect("a folder");
         std::fs::create_dir(folder.path().join("bpf")).expect("a folder in it");
