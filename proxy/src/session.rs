@@ -119,7 +119,7 @@ async fn switch(
         return switch::Outcome::Stays(Ineligible::Refused, moved);
     };
     let age = u64::try_from(record.accepted.elapsed().as_millis()).unwrap_or(0);
-    let attempt = Attempt {
+    let mut attempt = Attempt {
         packet,
         client,
         server,
@@ -129,9 +129,12 @@ async fn switch(
     };
     let outcome = tokio::select! {
         biased;
-        outcome = attempt.run() => outcome,
-        () = shared.limits.drain.cut() => switch::Outcome::Ended(relay::Reason::Cut, moved),
+        outcome = attempt.run() => Some(outcome),
+        () = shared.limits.drain.cut() => None,
     };
+    // It has moved bytes as well.
+    let cut = || switch::Outcome::Ended(relay::Reason::Cut, attempt.moved);
+    let outcome = outcome.unwrap_or_else(cut);
     if let switch::Outcome::Stays(reason, _) = &outcome {
         packet.note_ineligible(*reason);
         debug!(client = %record.client, reason = reason.as_label(), "stays in userspace");

@@ -84,7 +84,7 @@ pub struct Attempt<'a> {
 
 impl Attempt<'_> {
     /// Tries to switch.
-    pub async fn run(mut self) -> Outcome {
+    pub async fn run(&mut self) -> Outcome {
         let outcome = self.attempt().await;
         if let Outcome::Stays(..) = outcome {
             self.loosen();
