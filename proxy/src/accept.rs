@@ -9,6 +9,7 @@ use std::time::Duration;
 use tokio::sync::Semaphore;
 use tracing::warn;
 
+use crate::access;
 use crate::drain::Watcher;
 use crate::session::{self, Shared};
 use crate::socket::Socket;
@@ -104,7 +105,7 @@ impl Acceptor {
         self.shared.metrics.accepted.inc();
         let Ok(permit) = Arc::clone(&self.places).try_acquire_owned() else {
             // Dropping it sends RST: refused at once.
-            session::refused(&self.shared.metrics, address);
+            access::refused(&self.shared.metrics, address);
             return Ok(());
         };
         let session = session::serve(Arc::clone(&self.shared), fd, address, permit);

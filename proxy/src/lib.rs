@@ -12,11 +12,12 @@
 //! 8. [`socket`]: what the kernel is asked for on both sockets;
 //! 9. [`drain`]: ending in order.
 //!
-//! Beside that way: [`endpoints`] keeps `default/kubernetes` pointing at us, [`admin`] and
+//! Beside that way: [`access`] tells of a connection that has ended, [`endpoints`] keeps `default/kubernetes` pointing at us, [`admin`] and
 //! [`metrics`] show what goes on, [`control`] lists and kills connections, [`preflight`] tells what
 //! the kernel allows, [`cleanup`] removes what is left in it.
 
 pub mod accept;
+pub mod access;
 pub mod admin;
 pub mod app;
 pub mod cleanup;

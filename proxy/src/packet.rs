@@ -29,6 +29,7 @@ pub mod paths;
 pub mod pins;
 pub mod ports;
 pub mod quiet;
+mod record;
 pub mod routes;
 pub mod segments;
 pub mod selftest;
@@ -578,7 +579,7 @@ impl Packet {
         self.count_live(-1);
         self.free_place();
         let [client, server] = &record.halves;
-        crate::session::log_switched(
+        crate::access::switched(
             &self.metrics,
             client.remote.into(),
             server.remote.into(),
@@ -732,7 +733,7 @@ pub fn end_all_pinned(directory: &std::path::Path) -> Result<usize> {
             continue;
         }
         // Those that have ended are only remembered for a while.
-        if record.halves[CLIENT].told == 0 && !ends::is_over(&record) {
+        if record.halves[CLIENT].told == 0 && !record::is_over(&record) {
             reset_both(&injector, &record);
             ended += 1;
         }

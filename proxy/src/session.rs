@@ -4,11 +4,12 @@ use std::future::Future;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use tokio::sync::OwnedSemaphorePermit;
-use tracing::{debug, info};
+use tracing::debug;
 
+use crate::access;
 use crate::metrics::Metrics;
 use crate::packet;
 use crate::packet::eligible::Ineligible;
@@ -218,53 +219,9 @@ impl Drop for Record {
             None => self.metrics.dialling.dec(),
         }
         let upstream = self.relay.map(|(_, address)| address);
-        log_end(
-            &self.metrics,
-            self.client,
-            upstream,
-            engine,
-            self.bytes,
-            self.accepted.elapsed(),
-            self.reason,
-        );
+        let age = self.accepted.elapsed();
+        access::ended(&self.metrics, self.client, upstream, engine, self.bytes, age, self.reason);
     }
-}
-
-/// A client that was refused before it had a session: the limit was reached.
-pub fn refused(metrics: &Metrics, client: SocketAddr) {
-    log_end(metrics, client, None, "none", (0, 0), Duration::ZERO, "over_limit");
-}
-
-/// A connection that the kernel relayed to its end.
-pub fn log_switched(
-    metrics: &Metrics,
-    client: SocketAddr,
-    upstream: SocketAddr,
-    bytes: (u64, u64),
-    age: Duration,
-    reason: &'static str,
-) {
-    let engine = Engine::Packet.as_label();
-    log_end(metrics, client, Some(upstream), engine, bytes, age, reason);
-}
-
-fn log_end(
-    metrics: &Metrics,
-    client: SocketAddr,
-    upstream: Option<SocketAddr>,
-    engine: &'static str,
-    (bytes_up, bytes_down): (u64, u64),
-    age: Duration,
-    reason: &'static str,
-) {
-    metrics.ended.with_label_values(&[engine, reason]).inc();
-    // Microseconds are as fine as it gets; of seconds, a multiplication would leave 17 digits.
-    let duration_ms = age.as_micros() as f64 / 1000.0;
-    let upstream = upstream.map_or_else(|| "-".to_owned(), |address| address.to_string());
-    info!(
-        target: "access",
-        %client, upstream, engine, bytes_up, bytes_down, duration_ms, reason, "connection"
-    );
 }
 
 #[cfg(test)]

@@ -12,15 +12,16 @@ use std::time::Duration;
 
 use proxy_common::{
     CLIENT, Counter, EVENT_CLOSED, EVENT_LEFT, EVENT_RESET, EVENT_STRAY, EVENT_TOO_BIG, Event,
-    Half, MARK_FIN, MARK_FIRST, PHASE_SETTLED, Record, SERVER,
+    Half, MARK_FIN, PHASE_SETTLED, Record, SERVER,
 };
 use tokio::time::{Instant, interval, sleep_until};
 
 use super::inject::TooBig;
 use super::object::next_event;
 use super::quiet::{Idle, Keepalive};
+use super::record::{ending, first_to_close, is_over, silence};
 use super::table::Slot;
-use super::{News, Packet, tcp};
+use super::{News, Packet};
 use crate::relay::{Reason, Side};
 
 /// How long the tuples of a closed connection stay ours after its last segment: a lost last
@@ -251,11 +252,6 @@ fn tell(packet: &Packet, mut closing: Closing, record: &Record) -> Closing {
     closing
 }
 
-/// Both FINs are acknowledged.
-pub(super) fn is_over(record: &Record) -> bool {
-    record.halves.iter().all(|half| half.acked_fin != 0)
-}
-
 /// When to look again at a connection of which one FIN is acknowledged; `None` if it is over.
 fn left_to_half_closed(record: &Record, silent: Duration) -> Option<Duration> {
     let has_ended = |half: &Half| half.marks & MARK_FIN != 0 || half.early_fin != 0;
@@ -266,22 +262,6 @@ fn left_to_half_closed(record: &Record, silent: Duration) -> Option<Duration> {
     } else {
         Some(ABANDONED)
     }
-}
-
-/// How a connection that is over has ended.
-fn ending(record: &Record) -> Reason {
-    let [client, server] = &record.halves;
-    if client.reset != 0 {
-        Reason::Reset(Side::Client)
-    } else if server.reset != 0 {
-        Reason::Reset(Side::Server)
-    } else {
-        Reason::Closed(first_to_close(record))
-    }
-}
-
-fn first_to_close(record: &Record) -> Side {
-    if record.halves[SERVER].marks & MARK_FIRST != 0 { Side::Server } else { Side::Client }
 }
 
 /// Ends what is due, unless it has come back to life.
@@ -317,12 +297,6 @@ fn sweep(packet: &Arc<Packet>, closing: &mut Closings) {
             packet.retire(ended.slot, &record);
         }
     }
-}
-
-/// Time since the last segment of either end.
-pub(super) fn silence(record: &Record) -> Duration {
-    let seen = record.halves.iter().map(|half| half.seen_ns).max().unwrap_or(0);
-    Duration::from_nanos(tcp::monotonic_ns().saturating_sub(seen))
 }
 
 /// Tells the sender of a segment that was too large, as a router would: from our address, which is

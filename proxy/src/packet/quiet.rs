@@ -11,8 +11,8 @@ use std::time::Duration;
 use proxy_common::{CLIENT, Half, PHASE_SETTLED, Record, SERVER};
 use tokio::time::Instant;
 
-use super::ends::{is_over, silence};
 use super::inject::Segment;
+use super::record::{is_over, silence};
 use super::{Packet, tcp};
 use crate::relay::{Reason, Side};
 
