@@ -30,19 +30,6 @@ impl Watched {
         fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
     }
 
-    /// Its own memory, in bytes: pages that no other process maps (heap, stacks, written data).
-    /// Kernel memory such as socket buffers is not in it.
-    ///
-    /// # Panics
-    /// The process is gone.
-    #[track_caller]
-    #[must_use]
-    pub fn private_memory(self) -> u64 {
-        let text = self.read("smaps_rollup");
-        let kib: u64 = ["Private_Clean:", "Private_Dirty:"].iter().map(|f| field(&text, f)).sum();
-        kib * 1024
-    }
-
     /// Resident set, in bytes, shared pages included.
     ///
     /// # Panics

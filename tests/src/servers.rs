@@ -1,7 +1,7 @@
 //! Servers as the proxy meets them: accepting when the test wants it, refusing, swallowing SYNs.
 
 use std::io::ErrorKind;
-use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
 use std::os::fd::AsFd;
 use std::time::Duration;
 
@@ -89,16 +89,16 @@ impl Upstream {
         }
     }
 
-    /// Stops listening; connections in the queue are reset, the address stays ours.
+    /// Stops listening; connections in the queue are reset, the address stays ours: the kernel
+    /// leaves a port to a socket that asked for it by its number (`tcp_set_state`).
     ///
     /// # Panics
-    /// The address is lost to somebody else.
+    /// That is not possible.
     #[track_caller]
     #[must_use]
     pub fn close(self) -> ClosedPort {
-        let address = self.address;
-        drop(self);
-        ClosedPort::bind(address)
+        self.listener.shutdown(Shutdown::Read).expect("shutdown");
+        ClosedPort { socket: self.listener, address: self.address }
     }
 }
 
@@ -136,6 +136,12 @@ impl ClosedPort {
     /// # Panics
     /// This machine does not know the family.
     pub fn try_bind(address: SocketAddr) -> std::io::Result<Self> {
+        let chosen = Self::bind_once(address)?;
+        // By its number, for what `Upstream::close` needs.
+        if address.port() == 0 { Self::bind_once(chosen.address) } else { Ok(chosen) }
+    }
+
+    fn bind_once(address: SocketAddr) -> std::io::Result<Self> {
         let socket = Socket::new(Domain::for_address(address), Type::STREAM.cloexec(), None)
             .expect("a TCP socket");
         socket.set_reuse_address(true).expect("SO_REUSEADDR");

@@ -137,9 +137,9 @@ fn an_idle_connection_costs_less_than_two_kibibytes() {
         // What the first ones need once and for all (threads, pipes, the allocator's arenas and the
         // room that dialling takes for a moment) is not the price of one more.
         let _first = idle(&proxy, &upstream, BEFORE);
-        let before = proxy.process().private_memory();
+        let before = proxy.process().anonymous_memory();
         let _pairs = idle(&proxy, &upstream, CONNECTIONS);
-        let grown = proxy.process().private_memory().saturating_sub(before);
+        let grown = proxy.process().anonymous_memory().saturating_sub(before);
         let each = grown / CONNECTIONS as u64;
         println!("{engine}: {each} bytes for each idle connection");
         assert!(each < 2048, "{engine}: {each} bytes for each of {CONNECTIONS} idle connections");
