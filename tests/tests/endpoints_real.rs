@@ -91,6 +91,8 @@ impl Proxy {
             .env_clear()
             .envs(env.iter().copied())
             .args(["--listen-addr=127.0.0.1:0", "--admin-addr=127.0.0.1:0"])
+            // Nothing of the host is to change for a test of endpoints.
+            .args(["--engine=splice", "--admin-socket=off"])
             .args(args)
             .stdin(Stdio::null())
             .stderr(File::create(&log)?)

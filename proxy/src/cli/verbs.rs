@@ -57,7 +57,7 @@ pub struct ConnectionsFlags {
 /// What `connections` does.
 #[derive(Subcommand, Debug, Clone)]
 pub enum ConnectionsVerb {
-    /// Show every connection; exit status 0, or 1 if no proxy answers
+    /// Show the connections that the kernel relays; exit status 0, or 1 if no proxy answers
     List {
         /// Table for people, JSON for programs
         #[arg(long, value_enum, default_value = "table")]
