@@ -52,8 +52,8 @@ pub enum Failure {
     },
     /// One cannot do beside what another process has pinned elsewhere.
     #[error(
-        "an earlier process has left programs, and perhaps connections, pinned elsewhere: start with its \
-         --bpffs, or end them with `steward-tcp-proxy cleanup`"
+        "an earlier process has left programs, and perhaps connections, pinned elsewhere: start with \
+         its --bpffs, or end them with `steward-tcp-proxy cleanup`"
     )]
     Foreign {
         /// Our own pins.

@@ -1,7 +1,7 @@
 //! An API server that misbehaves.
 
 use std::io::Write;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Once};
 
 use serde_json::json;
 use tracing_subscriber::fmt::MakeWriter;
@@ -35,6 +35,13 @@ impl<'a> MakeWriter<'a> for Warnings {
 impl Warnings {
     /// Collects from here on, for this thread.
     fn collect() -> (Self, tracing::subscriber::DefaultGuard) {
+        // What a line was worth to the first thread that came by is kept for all, and that may have
+        // had nobody who listens. One listens for ever, so that every line is worth something.
+        static LISTENS: Once = Once::new();
+        LISTENS.call_once(|| {
+            tracing::subscriber::set_global_default(tracing_subscriber::registry())
+                .expect("nobody else sets it");
+        });
         let warnings = Self::default();
         let subscriber = tracing_subscriber::fmt()
             .with_max_level(tracing::Level::WARN)
