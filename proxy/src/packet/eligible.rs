@@ -94,10 +94,12 @@ impl Ineligible {
     }
 
     /// Whether the same connection may fit a moment later. (Of the round trip there may be no
-    /// other measurement yet than the handshake, which had to wait for a neighbour's address.)
+    /// other measurement yet than the handshake, which had to wait for a neighbour's address. And
+    /// what is refused may be a client's port in its place, whose last connection was reset and is
+    /// still being cleared away.)
     #[must_use]
     pub fn may_pass(self) -> bool {
-        matches!(self, Self::Busy | Self::Window | Self::Full | Self::RoundTrip)
+        matches!(self, Self::Busy | Self::Window | Self::Full | Self::RoundTrip | Self::Refused)
     }
 }
 
@@ -283,6 +285,7 @@ mod tests {
         assert_eq!(verdict(far, Some(far)), Err(Ineligible::RoundTrip));
         assert_eq!(verdict(far, None), Err(Ineligible::RoundTrip));
         assert!(Ineligible::RoundTrip.may_pass());
+        assert!(!Ineligible::Families.may_pass());
     }
 
     #[test]
