@@ -9,12 +9,12 @@ use aya_ebpf::helpers::{
     bpf_clone_redirect, bpf_csum_diff, bpf_l3_csum_replace, bpf_skb_change_tail,
     bpf_skb_store_bytes,
 };
-use proxy_common::{FlowRef, HOOK_INGRESS, Half, OptionsBuffer, Tuple, flags};
+use proxy_common::{FlowRef, HOOK_INGRESS, Half, Tuple, flags};
 
 use crate::flows::{find, is_live};
 use crate::follow::SLACK;
 use crate::headers::{self, IPV6_HEADER, JUMBO_HEADER, Segment, TCP_HEADER, is_before, word_of};
-use crate::options::{find_options, put, word};
+use crate::options::{find_options, put, read_options, word};
 use crate::patch::{LINK, adjust, difference, fold, store};
 use crate::rewrite::scale;
 use crate::{RECORDS, SCRATCH, TC_ACT_SHOT};
@@ -203,13 +203,7 @@ fn trim_options(skb: *mut __sk_buff, segment: &Segment, half: &Half) -> u8 {
     };
     // SAFETY: as in options::rewrite_options.
     let scratch = unsafe { &mut *scratch };
-    scratch.old = [0; size_of::<OptionsBuffer>()];
-    let first = segment.tcp + TCP_HEADER as u32;
-    if !headers::load_options(skb, first, segment.options, &mut scratch.old) {
-        return 1;
-    }
-    scratch.length = segment.options;
-    if find_options(scratch) != 0 {
+    if !read_options(skb, segment, scratch) || find_options(scratch) != 0 {
         return 1;
     }
     // SAFETY: as in options::translate_options.
@@ -229,6 +223,7 @@ fn trim_options(skb: *mut __sk_buff, segment: &Segment, half: &Half) -> u8 {
         }
         put(&mut scratch.old, place, half.own_end);
         let bytes = half.own_end.to_be_bytes();
+        let first = segment.tcp + TCP_HEADER as u32;
         if !store(skb, LINK + first + place, &bytes, BPF_F_RECOMPUTE_CSUM.into()) {
             return 1;
         }

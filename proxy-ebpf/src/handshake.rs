@@ -14,6 +14,7 @@ use proxy_common::{
 };
 
 use crate::headers::{self, IPV4_HEADER, Segment, TCP_HEADER};
+use crate::options::read_options;
 use crate::{HANDSHAKES, PENDING, REPORT, SCRATCH, SEEN, WATCHED};
 
 const SYN_ACK: u16 = flags::SYN | flags::ACK;
@@ -119,12 +120,9 @@ fn open(skb: *mut __sk_buff, segment: &Segment, hook: u8) -> Option<Opening> {
     // SAFETY: the value is this CPU's own, one for each hook, and neither hook interrupts itself.
     let scratch = unsafe { &mut *scratch };
     scratch.options = TcpOptions::default();
-    scratch.old = [0; size_of::<OptionsBuffer>()];
-    let first = segment.tcp + TCP_HEADER as u32;
-    if !headers::load_options(skb, first, segment.options, &mut scratch.old) {
+    if !read_options(skb, segment, scratch) {
         return None;
     }
-    scratch.length = segment.options;
     // From memory, for the reason that parse_in_place gives.
     // SAFETY: a plain read through a reference.
     let length = unsafe { core::ptr::read_volatile(&raw const scratch.length) };

@@ -29,17 +29,26 @@ pub fn rewrite_options(
     };
     // SAFETY: the value is this CPU's own, one for each hook, and a hook does not interrupt itself.
     let scratch = unsafe { &mut *scratch };
-    scratch.old = [0; size_of::<OptionsBuffer>()];
-    let first = segment.tcp + TCP_HEADER as u32;
-    if !headers::load_options(skb, first, segment.options, &mut scratch.old) {
+    if !read_options(skb, segment, scratch) {
         return 1;
     }
     scratch.new = scratch.old;
-    scratch.length = segment.options;
     if translate_options(scratch, half, other) != 0 {
         return 1;
     }
     write_options(skb, segment.tcp, scratch)
+}
+
+/// Leaves the segment's options in `scratch`, with zeros behind them; false if they cannot be read.
+#[inline(always)]
+pub fn read_options(skb: *mut __sk_buff, segment: &Segment, scratch: &mut Scratch) -> bool {
+    scratch.old = [0; size_of::<OptionsBuffer>()];
+    let first = segment.tcp + TCP_HEADER as u32;
+    if !headers::load_options(skb, first, segment.options, &mut scratch.old) {
+        return false;
+    }
+    scratch.length = segment.options;
+    true
 }
 
 /// Timestamps and selective acknowledgements in the other connection's numbers.

@@ -47,7 +47,7 @@ const LOOK: Duration = Duration::from_secs(1);
 /// What the socket shows and ends. Both calls may take some milliseconds; they are made where
 /// blocking is allowed.
 pub trait Connections: Send + Sync {
-    /// Every connection that is relayed now.
+    /// Every connection that the kernel relays now.
     fn list(&self) -> Vec<Row>;
 
     /// Resets those, both ways; how many there were.
